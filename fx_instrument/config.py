@@ -40,7 +40,7 @@ def _positive(value: Any, name: str) -> float:
     return number
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class HookConfig:
     """Which sites, and how densely they are sampled."""
 

@@ -33,14 +33,14 @@ def num_samples(numel: int, rate: float) -> int:
 def place(index: Any, numel: Any, count: Any, folded_seed: int) -> Any:
     """The flat position taken from stratum ``index`` of ``count``; for int64 arrays, tensors and FX proxies.
 
-    All intermediate values stay below 2**63: the multipliers of the hash have 31 bits (Ettinger's
-    "lowbias32" with its constants halved would overflow int64 otherwise).
+    The hash is Ettinger's lowbias32 with the top bit of its second multiplier cleared: a 32-bit value times
+    a 31-bit one stays inside int64, where torch and numpy agree.
     """
     low = index * numel // count
     width = (index + 1) * numel // count - low
     h = (index ^ folded_seed) & _MASK
     h = ((h ^ (h >> 16)) * 0x7FEB352D) & _MASK
-    h = ((h ^ (h >> 15)) * 0x46CA68B3) & _MASK
+    h = ((h ^ (h >> 15)) * 0x046CA68B) & _MASK
     h = h ^ (h >> 16)
     return low + h % width
 
