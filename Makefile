@@ -1,0 +1,49 @@
+# Everything below sets itself up: a virtual environment, the pinned packages, this package.
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install -c constraints.txt
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+.PHONY: help demo test check format clean
+
+help:
+	@echo "make demo    capture a real SmolLM2-135M; report, table and picture in demo_output/"
+	@echo "make test    run the tests (PYTEST_ARGS='-m slow' for the long ones)"
+	@echo "make check   formatter, linter, type checker, tests"
+	@echo "make format  let ruff rewrite what it can"
+	@echo "make clean   remove the environment and everything that was built"
+
+demo: $(VENV)/.ready-demo
+	$(VENV)/bin/fx-instrument demo $(DEMO_ARGS)
+
+test: $(VENV)/.ready-test
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.ready-dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+format: $(VENV)/.ready-dev
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.environment:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) has no working venv module (Debian and Ubuntu: apt-get install python3-venv)"; exit 1; }
+	@touch $@
+
+# torch first: whatever else asks for torch then finds the pinned one in place.
+$(VENV)/.torch: constraints.txt | $(VENV)/.environment
+	$(PIP) torch numpy
+	@touch $@
+
+$(VENV)/.ready-%: pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP) --editable '.[$*]'
+	@touch $@
