@@ -1,0 +1,53 @@
+"""Capture the inside of a running LLM by rewriting its traced graph."""
+
+from .activations import ActivationStream, open_stream
+from .analysis import analyze_activations
+from .capture.session import CaptureReport
+from .config import HookConfig, HookGranularity, InstrumentationConfig
+from .errors import (
+    AlreadyInstrumentedError,
+    BufferTooSmallError,
+    CaptureActiveError,
+    CaptureFailedError,
+    CorruptStreamError,
+    InstrumentationError,
+    MissingCompilerError,
+    NoSitesError,
+    NotAStreamError,
+    NotInstrumentedError,
+    RewriteError,
+    StreamError,
+    TruncatedStreamError,
+    UnsupportedStreamError,
+)
+from .framework import Capture, InstrumentationFramework
+from .graph.sites import Site
+from .version import __version__
+
+__all__ = [
+    "ActivationStream",
+    "AlreadyInstrumentedError",
+    "BufferTooSmallError",
+    "Capture",
+    "CaptureActiveError",
+    "CaptureFailedError",
+    "CaptureReport",
+    "CorruptStreamError",
+    "HookConfig",
+    "HookGranularity",
+    "InstrumentationConfig",
+    "InstrumentationError",
+    "InstrumentationFramework",
+    "MissingCompilerError",
+    "NoSitesError",
+    "NotAStreamError",
+    "NotInstrumentedError",
+    "RewriteError",
+    "Site",
+    "StreamError",
+    "TruncatedStreamError",
+    "UnsupportedStreamError",
+    "__version__",
+    "analyze_activations",
+    "open_stream",
+]

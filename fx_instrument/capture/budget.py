@@ -1,0 +1,54 @@
+"""The bound on host memory: every captured byte is acquired before it exists and released once it is stored."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+
+class HostBudget:
+    """A counted bound on bytes, shared by the threads of one capture.
+
+    Args:
+        limit_bytes: the most that may be held at once.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.peak_bytes = 0
+        self.stalled_ns = 0
+        self._held = 0
+        self._open = True
+        self._changed = threading.Condition()
+
+    @property
+    def held_bytes(self) -> int:
+        return self._held
+
+    def acquire(self, num_bytes: int, *, wait: bool) -> bool:
+        """True once ``num_bytes`` are counted in; False if there is no room (``wait=False``) or after ``shut``.
+
+        More than the whole bound is never granted, so nothing waits for it.
+        """
+        wait = wait and num_bytes <= self.limit_bytes
+        with self._changed:
+            if self._open and self._held + num_bytes > self.limit_bytes and wait:
+                started = time.perf_counter_ns()
+                self._changed.wait_for(lambda: not self._open or self._held + num_bytes <= self.limit_bytes)
+                self.stalled_ns += time.perf_counter_ns() - started
+            if not self._open or self._held + num_bytes > self.limit_bytes:
+                return False
+            self._held += num_bytes
+            self.peak_bytes = max(self.peak_bytes, self._held)
+            return True
+
+    def release(self, num_bytes: int) -> None:
+        with self._changed:
+            self._held -= num_bytes
+            self._changed.notify_all()
+
+    def shut(self) -> None:
+        """Let every waiting and later ``acquire`` answer False: what would release the bytes has failed."""
+        with self._changed:
+            self._open = False
+            self._changed.notify_all()

@@ -1,0 +1,308 @@
+"""The framework: one configuration, one instrumented model, its captures and their analysis."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+import lz4
+import numpy as np
+import torch
+import zstandard
+from torch import nn
+
+from .analysis import analyze_activations
+from .capture.session import CaptureReport, Session
+from .config import HookGranularity, InstrumentationConfig
+from .errors import (
+    AlreadyInstrumentedError,
+    CaptureActiveError,
+    CaptureFailedError,
+    MissingCompilerError,
+    NotInstrumentedError,
+)
+from .graph.attach import Attachment, check_free, inner_module
+from .graph.backend import CaptureBackend, InnerBackend
+from .graph.rewrite import Sampling
+from .graph.sites import Site, choose_sites
+from .stream.records import RecordMeta
+from .stream.writer import StreamWriter
+from .version import __version__
+
+log = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
+Path = str | os.PathLike[str]
+
+# The writer's own memory (compressor scratch, staging) is a quarter of the bound at most; values get the rest.
+_WRITER_SHARE = 4
+
+
+class InstrumentationFramework:
+    """Captures the activations of one model by rewriting its traced graph.
+
+    Args:
+        config: what to capture and how to keep it.
+    """
+
+    def __init__(self, config: InstrumentationConfig | None = None) -> None:
+        if config is not None and not isinstance(config, InstrumentationConfig):
+            raise TypeError(f"config must be an InstrumentationConfig, got {config!r}")
+        self.config = config if config is not None else InstrumentationConfig()
+        self._attachment: Attachment | None = None
+        self._backend_name = ""
+        self._capture: Capture | None = None
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The chosen sites in module order; empty before ``instrument_model``."""
+        return self._attachment.sites if self._attachment is not None else ()
+
+    def instrument_model(
+        self, model: Model, *, backend: InnerBackend | None = "inductor", **compile_options: Any
+    ) -> Model:
+        """Instrument ``model`` in place and return it: its calls then run the rewritten graph.
+
+        Args:
+            model: a plain module, one compiled before, or what ``torch.compile`` returned.
+            backend: what compiles the rewritten graph, a name or a callable. None plants the markers only; compile
+                the model yourself then, with ``torch.compile(model, backend=framework.backend(...))``.
+            **compile_options: ``mode``, ``dynamic``, ``fullgraph`` and ``options`` of ``torch.compile``.
+
+        Raises:
+            NoSitesError: the model has no such attention or MLP, or a glob matches nothing.
+            AlreadyInstrumentedError: the model is instrumented, or this framework has a model.
+            MissingCompilerError: backend "inductor" on CPU without a C++ compiler.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        unknown = set(compile_options) - {"mode", "dynamic", "fullgraph", "options"}
+        if unknown:
+            raise TypeError(
+                f"unknown compile options {sorted(unknown)}; torch.compile's mode, dynamic, fullgraph and options pass through"
+            )
+        if backend is None and compile_options:
+            raise TypeError("backend=None does not compile: give the compile options to torch.compile")
+        if self._attachment is not None:
+            held = type(self._attachment.model).__name__
+            raise AlreadyInstrumentedError(
+                f"this framework instruments a {held} already; call restore(model) first, or use a second framework"
+            )
+        check_free(model)
+        sites = choose_sites(inner_module(model), self.config)
+        if backend == "inductor":
+            _check_compiler(model)
+        attachment = Attachment(model, sites)
+        try:
+            if backend is None:
+                attachment.count_steps_in_trace()
+            else:
+                fullgraph = compile_options.pop("fullgraph", False)
+                dynamic = compile_options.get("dynamic")
+                capture_backend = self._make_backend(attachment, backend, compile_options)
+                attachment.compile(capture_backend, fullgraph=fullgraph, dynamic=dynamic)
+        except BaseException:
+            attachment.detach()
+            raise
+        self._backend_name = backend if isinstance(backend, str) else getattr(backend, "__name__", repr(backend))
+        self._attachment = attachment
+        log.info("instrumented %s: %d sites", type(attachment.model).__name__, len(sites))
+        return model
+
+    def backend(self, inner: InnerBackend = "inductor", **options: Any) -> Callable[..., Any]:
+        """A backend for ``torch.compile(model, backend=...)`` that captures, then compiles with ``inner``.
+
+        Args:
+            inner: a name or a callable, as ``torch.compile`` takes it.
+            **options: ``mode``, ``dynamic`` and ``options`` for the inner backend.
+
+        Raises:
+            NotInstrumentedError: before ``instrument_model(model, backend=None)``.
+        """
+        unknown = set(options) - {"mode", "dynamic", "options"}
+        if unknown:
+            raise TypeError(f"unknown backend options {sorted(unknown)}; mode, dynamic and options pass through")
+        return self._make_backend(self._attached("backend"), inner, options)
+
+    def restore(self, model: nn.Module) -> None:
+        """Undo ``instrument_model``: the model has the hooks and the compiled call that it had before."""
+        attachment = self._attached("restore")
+        if inner_module(model) is not attachment.model:
+            raise NotInstrumentedError(f"this {type(model).__name__} is not the model that this framework instruments")
+        if self._capture is not None:
+            raise CaptureActiveError("a capture is open: leave its block before restore")
+        attachment.detach()
+        self._attachment = None
+
+    def capture_activations(
+        self,
+        output_path: Path | None,
+        *,
+        mode: Literal["w", "x"] = "w",
+        on_full: Literal["stall", "drop"] = "stall",
+        progress: bool = False,
+    ) -> Capture:
+        """A context manager that captures every forward call inside its block into ``output_path``.
+
+        Args:
+            output_path: the stream file, created private to the user; None does everything but the file.
+            mode: "w" replaces an existing file, "x" refuses one.
+            on_full: when the buffer is full, "stall" makes the forward call wait and loses nothing, "drop" counts
+                the lost values.
+            progress: show a line on standard error while capturing.
+
+        Raises:
+            NotInstrumentedError: before ``instrument_model``.
+            CaptureActiveError: another capture of this framework is open.
+            InstrumentationError: the model was changed after ``instrument_model``.
+            OSError: the file can't be created; raised when the block is entered.
+            CaptureFailedError: a capture thread failed; raised when the block is left.
+        """
+        self._attached("capture_activations")
+        if output_path is not None and not isinstance(output_path, (str, os.PathLike)):
+            raise TypeError(f"output_path must be a path or None, got {output_path!r}")
+        if mode not in ("w", "x"):
+            raise ValueError(f"mode must be 'w' or 'x', got {mode!r}")
+        if on_full not in ("stall", "drop"):
+            raise ValueError(f"on_full must be 'stall' or 'drop', got {on_full!r}")
+        return Capture(self, output_path, mode=mode, on_full=on_full, progress=progress)
+
+    def analyze_activations(self, data_path: Path) -> dict[str, Any]:
+        """What the stream file holds and what its values look like; see ``fx_instrument.analyze_activations``."""
+        return analyze_activations(data_path)
+
+    def _make_backend(
+        self, attachment: Attachment, inner: InnerBackend, options: Mapping[str, Any]
+    ) -> CaptureBackend:
+        if options.get("mode") and options.get("options"):
+            raise ValueError("mode and options exclude each other, as in torch.compile")
+        hook_config = self.config.hook_config
+        sampled = self.config.granularity is HookGranularity.SAMPLED_SLICES
+        sampling = Sampling(hook_config.sampling_rate, hook_config.seed) if sampled else None
+        return CaptureBackend(attachment.marker, attachment.names, sampling, inner, **options)
+
+    def _attached(self, caller: str) -> Attachment:
+        if self._attachment is None:
+            raise NotInstrumentedError(f"{caller} needs an instrumented model: call instrument_model(model) first")
+        return self._attachment
+
+    def _metadata(self, attachment: Attachment) -> dict[str, Any]:
+        model = attachment.model
+        first = next(iter(model.parameters()), None)
+        versions = {
+            "fx_instrument": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "lz4": lz4.__version__,
+            "zstandard": zstandard.__version__,
+        }
+        if "transformers" in sys.modules:
+            versions["transformers"] = sys.modules["transformers"].__version__
+        return {
+            "config": self.config.to_dict(),
+            "model": {
+                "class": type(model).__name__,
+                "name_or_path": str(getattr(getattr(model, "config", None), "name_or_path", "") or ""),
+                "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "dtype": str(first.dtype).removeprefix("torch.") if first is not None else None,
+                "device": str(first.device) if first is not None else None,
+            },
+            "backend": self._backend_name,
+            "versions": versions,
+        }
+
+
+class Capture:
+    """An open capture; made by ``InstrumentationFramework.capture_activations``."""
+
+    def __init__(
+        self, framework: InstrumentationFramework, path: Path | None, *, mode: str, on_full: str, progress: bool
+    ) -> None:
+        self.path = path
+        self._framework = framework
+        self._mode = mode
+        self._on_full = on_full
+        self._progress = progress
+        self._session: Session | None = None
+
+    @property
+    def report(self) -> CaptureReport:
+        """What the capture has done so far; final once the block is left."""
+        if self._session is None:
+            raise CaptureActiveError("the capture has not begun: its report is there inside the with block and after")
+        return self._session.report
+
+    def __enter__(self) -> Capture:
+        framework = self._framework
+        attachment = framework._attached("capture_activations")
+        if framework._capture is not None or self._session is not None:
+            raise CaptureActiveError(
+                "a capture of this framework is open already"
+                if framework._capture is not None
+                else "a capture can be entered once; call capture_activations again"
+            )
+        attachment.check_unchanged()
+        config = framework.config
+        hook_config = config.hook_config
+        writer = StreamWriter(
+            self.path,
+            metadata=framework._metadata(attachment),
+            codec=config.compression_algorithm,
+            mode=self._mode,
+            memory_bytes=config.max_memory_bytes // _WRITER_SHARE,
+            target_bytes_per_s=config.target_throughput_gbps * 1e9,
+        )
+        sampled = config.granularity is HookGranularity.SAMPLED_SLICES
+        self._session = Session(
+            writer,
+            RecordMeta,
+            attachment.sites,
+            max_memory_bytes=config.max_memory_bytes,
+            drop=self._on_full == "drop",
+            sampling=(hook_config.sampling_rate, hook_config.seed) if sampled else None,
+            target_gbps=config.target_throughput_gbps,
+            progress=self._progress,
+        )
+        framework._capture = self
+        attachment.marker.sink = self._session
+        attachment.marker.capturing = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        framework, session = self._framework, self._session
+        assert session is not None, "a context manager is left after it was entered"
+        marker = framework._attached("capture_activations").marker
+        marker.capturing = False
+        marker.sink = None
+        framework._capture = None
+        try:
+            session.close()
+        except CaptureFailedError as failure:
+            if error is None:
+                raise
+            # The user's exception stays the user's; it carries the capture's failure along.
+            log.error("the capture failed too: %s", failure)
+            if hasattr(error, "add_note"):
+                error.add_note(f"fx_instrument: {failure}")
+
+
+def _check_compiler(model: nn.Module) -> None:
+    if any(parameter.device.type != "cpu" for parameter in inner_module(model).parameters()):
+        return
+    from torch._inductor import cpp_builder, exc  # loads Inductor, a second that other backends need not spend
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        raise MissingCompilerError(
+            'backend "inductor" needs a C++ compiler on CPU and found none: install g++ (or set CXX), '
+            'or call instrument_model(model, backend="aot_eager")'
+        ) from error

@@ -1,0 +1,1 @@
+"""Compile time: which modules are captured, and how their values leave the traced graph."""

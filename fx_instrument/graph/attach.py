@@ -1,0 +1,189 @@
+"""Planting the markers into a model, counting its forward calls, and undoing both."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import AlreadyInstrumentedError, InstrumentationError
+from .backend import Names
+from .marker import Marker, step_begin, step_end
+from .sites import Site
+
+
+def inner_module(model: nn.Module) -> nn.Module:
+    """The module that was compiled, of ``torch.compile``'s wrapper; any other module itself."""
+    while isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    return model
+
+
+class Attachment:
+    """One instrumented model: its markers, its step counting, and what it takes to undo them."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        inner = inner_module(model)
+        self.model = inner
+        self._outer = model if model is not inner else None
+        self.sites = tuple(sites)
+        modules = {site.name: inner.get_submodule(site.name) for site in sites}
+        self._modules = {name: weakref.ref(module) for name, module in modules.items()}
+        self.marker = Marker({id(modules[site.name]): site for site in sites})
+        self.names = Names(inner)
+        self._handles: list[RemovableHandle] = [module.register_forward_hook(self.marker) for module in modules.values()]
+        self._input_names = _positional_names(inner)
+        self._before: list[tuple[nn.Module, Any]] = []
+        self._generation_config: tuple[Any, Any] | None = None
+
+    def compile(self, backend: Callable[..., Any], **options: Any) -> None:
+        """Compile the model in place, so that ``model(...)`` and ``model.generate(...)`` run the rewritten graph."""
+        model = self.model
+        compiled = torch.compile(model._call_impl, backend=backend, **options)
+        for module in (model,) if self._outer is None else (model, self._outer):
+            # In the instance's __dict__, as Module.compile leaves it; absent where only the class has it.
+            self._before.append((module, module.__dict__.get("_compiled_call_impl")))
+            module.__dict__["_compiled_call_impl"] = CountedCall(compiled, self.marker, self._input_names)
+        generation_config = getattr(model, "generation_config", None)
+        if generation_config is not None and hasattr(generation_config, "disable_compile"):
+            # On accelerators generate() compiles static-cache decoding itself, past this backend.
+            self._generation_config = (generation_config, generation_config.disable_compile)
+            generation_config.disable_compile = True
+
+    def count_steps_in_trace(self) -> None:
+        """Count forward calls of a model that the user compiles: by marks in the graph, or eagerly around it."""
+        model, marker = self.model, self.marker
+        names = self._input_names
+        self._handles.append(model.register_forward_pre_hook(_BeginStep(marker, names), with_kwargs=True))
+        self._handles.append(model.register_forward_hook(_EndStep(marker)))
+
+    def check_unchanged(self) -> None:
+        """Raise if a site's module was replaced, moved or stripped of its marker since it was instrumented."""
+        changed = []
+        for name, reference in self._modules.items():
+            try:
+                module = self.model.get_submodule(name)
+            except AttributeError:
+                changed.append(f"{name} (gone)")
+                continue
+            if module is not reference():
+                changed.append(f"{name} (replaced)")
+            elif not any(hook is self.marker for hook in module._forward_hooks.values()):
+                changed.append(f"{name} (its hooks were removed)")
+        if self._before and not isinstance(self.model.__dict__.get("_compiled_call_impl"), CountedCall):
+            changed.append("the model itself (compiled again after instrument_model)")
+        if changed:
+            raise InstrumentationError(
+                f"the model was changed after instrument_model, so captures would be incomplete: "
+                f"{', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''}; call restore and instrument_model again"
+            )
+
+    def detach(self) -> None:
+        """Take everything back: hooks, step counting, and the compiled call that stood there before."""
+        self.marker.capturing = False
+        self.marker.sink = None
+        for handle in self._handles:
+            handle.remove()
+        for module, before in self._before:
+            if before is None:
+                module.__dict__.pop("_compiled_call_impl", None)
+            else:
+                module.__dict__["_compiled_call_impl"] = before
+        if self._generation_config is not None:
+            config, disabled = self._generation_config
+            config.disable_compile = disabled
+
+
+def check_free(model: nn.Module) -> None:
+    """Raise if ``model``, or a module inside it, is instrumented already."""
+    for name, module in inner_module(model).named_modules():
+        for hook in module._forward_hooks.values():
+            if isinstance(hook, Marker) and hook.sites:
+                raise AlreadyInstrumentedError(
+                    f"{type(inner_module(model)).__name__} is instrumented already (at {name or 'its root'!r}); "
+                    f"call restore(model) of the framework that instrumented it first"
+                )
+
+
+class CountedCall:
+    """A compiled forward call that tells the open capture where a step begins and ends; stands outside the graph."""
+
+    def __init__(self, compiled: Callable[..., Any], marker: Marker, input_names: Sequence[str]) -> None:
+        self._compiled = compiled
+        self._marker = marker
+        self._input_names = input_names
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        sink = self._marker.sink
+        if sink is None or torch.compiler.is_dynamo_compiling():
+            return self._compiled(*args, **kwargs)
+        sink.begin_step(_integer_inputs(self._input_names, args, kwargs))
+        try:
+            return self._compiled(*args, **kwargs)
+        except BackendCompilerFailed as failure:
+            # Dynamo wraps whatever a backend raises; what this package says reaches the caller as it was said.
+            inner = failure.inner_exception
+            if isinstance(inner, InstrumentationError):
+                raise inner from None
+            raise
+        finally:
+            sink.end_step()
+
+
+class _BeginStep:
+    def __init__(self, marker: Marker, input_names: Sequence[str]) -> None:
+        self._marker = marker
+        self._input_names = input_names
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self._marker.capturing:
+            return
+        inputs = _integer_inputs(self._input_names, args, kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            step_begin(tuple(inputs), *inputs.values())
+        elif self._marker.sink is not None:
+            self._marker.sink.begin_step(inputs)
+
+
+class _EndStep:
+    def __init__(self, marker: Marker) -> None:
+        self._marker = marker
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._marker.capturing:
+            return
+        if torch.compiler.is_dynamo_compiling():
+            step_end()
+        elif self._marker.sink is not None:
+            self._marker.sink.end_step()
+
+
+def _positional_names(model: nn.Module) -> tuple[str, ...]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds)
+
+
+def _integer_inputs(
+    names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """The integer and boolean tensors of at most two dimensions among a call's arguments, by name.
+
+    Wider ones are 4-D attention masks, tokens squared in size, that say nothing which rows don't.
+    """
+    named = dict(zip(names, args, strict=False))
+    named.update(kwargs)
+    return {
+        name: value
+        for name, value in named.items()
+        if isinstance(value, torch.Tensor)
+        and value.dim() <= 2
+        and not value.is_floating_point()
+        and not value.is_complex()
+    }

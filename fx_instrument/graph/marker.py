@@ -1,0 +1,136 @@
+"""The identity op that is planted while tracing, and the forward hook that plants it.
+
+    traced with capture on        %mlp = linear(...)
+                                  %tap = tap(%mlp)        # no user; impure, so that no pass removes it
+    traced with capture off       %mlp = linear(...)
+
+The hook is Python that only Dynamo's tracing runs; the backend replaces each ``tap`` by plain capture nodes, so
+nothing of it is left in compiled code. One hook object serves all sites: a closure per layer would keep equal
+layers from sharing a graph. A site's identity is the last entry of the node's ``nn_module_stack``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.node import has_side_effect
+
+from ..errors import RewriteError
+from .sites import Site
+
+
+class Sink(Protocol):
+    """Where captured values go: an open capture. All methods may be called from several threads."""
+
+    def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """A forward call of the model starts on this thread."""
+
+    def end_step(self) -> None:
+        """The forward call that began last on this thread is over."""
+
+    def reserve(self, sites: Sequence[Site], num_bytes: int) -> Any:
+        """Make room before a graph runs: waits, refuses, or answers that the values are to be dropped."""
+
+    def deliver(
+        self,
+        ticket: Any,
+        sites: Sequence[Site],
+        values: Sequence[torch.Tensor],
+        full_shapes: Sequence[tuple[int, ...]] | None,
+    ) -> None:
+        """Take over the values of a graph that ran."""
+
+    def cancel(self, ticket: Any) -> None:
+        """Give back the room of a graph that failed."""
+
+    def record_eager(self, site: Site, value: torch.Tensor) -> None:
+        """Take a copy of a value that was computed outside any graph."""
+
+
+def tap(value: torch.Tensor) -> torch.Tensor:
+    """Mark ``value`` in a traced graph as a site's; the framework's backend replaces the mark.
+
+    The body runs on fake tensors while Dynamo traces. Anywhere else the graph went to a backend that does not
+    know the mark, and the values would be lost in silence.
+    """
+    fake = isinstance(value, torch._subclasses.FakeTensor)
+    if not fake or get_proxy_mode() is not None:
+        raise RewriteError(
+            "the model was traced for a backend other than the framework's, so its captures would be lost: "
+            "let instrument_model compile the model, or pass backend=framework.backend(...) to torch.compile"
+        )
+    return value
+
+
+def step_begin(names: tuple[str, ...], *inputs: torch.Tensor) -> None:
+    """Mark where a traced forward call of the model begins, with its integer inputs."""
+
+
+def step_end() -> None:
+    """Mark where a traced forward call of the model ends."""
+
+
+for mark in (tap, step_begin, step_end):
+    torch.compiler.allow_in_graph(mark)
+    has_side_effect(mark)
+
+
+def first_tensor(output: object) -> torch.Tensor | None:
+    """The first tensor of a module's output, depth first through tuples, lists, dicts and dataclasses."""
+    if isinstance(output, torch.Tensor):
+        return output
+    items: Iterable[object]
+    if isinstance(output, Mapping):
+        items = output.values()
+    elif isinstance(output, (tuple, list)):
+        items = output
+    elif is_dataclass(output) and not isinstance(output, type):
+        items = [getattr(output, field.name) for field in fields(output)]
+    else:
+        return None
+    for item in items:
+        tensor = first_tensor(item)
+        if tensor is not None:
+            return tensor
+    return None
+
+
+class Marker:
+    """The forward hook of all sites of one instrumented model, and the switch between its two variants.
+
+    Dynamo guards on ``capturing``: a model has one compiled variant with marks and one without.
+    """
+
+    def __init__(self, sites: Mapping[int, Site]) -> None:
+        self.capturing = False
+        self.sink: Sink | None = None
+        self.sites = dict(sites)  # id(module) -> site
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self.capturing:
+            return
+        value = first_tensor(output)
+        if value is None:
+            return
+        if torch.compiler.is_dynamo_compiling():
+            tap(value)
+        else:
+            self.record(module, value)
+
+    def record(self, module: nn.Module, value: torch.Tensor) -> None:
+        """Hand over a value of a module that runs outside any graph."""
+        site, sink = self.sites.get(id(module)), self.sink
+        if site is not None and sink is not None:
+            sink.record_eager(site, value)
+
+    # A copy of an instrumented model is a plain model: its hooks stay, switched off for good.
+    def __deepcopy__(self, memo: dict[int, Any]) -> Marker:
+        return Marker({})
+
+    def __reduce__(self) -> tuple[type[Marker], tuple[dict[int, Site]]]:
+        return Marker, ({},)

@@ -1,0 +1,197 @@
+"""The pass: capture ops after the marked nodes, delivered as extra outputs of the traced graph.
+
+    before   %attn = linear(...)                      after   %attn = linear(...)
+             %tap  = tap(%attn)                               %detach = detach(%attn)
+             %h    = add(%res, %attn)                         %clone  = clone(%detach)
+             return (%logits,)                                %h      = add(%res, %attn)
+                                                              return (%logits, %clone)
+
+Only plain torch functions are inserted: Inductor elides the clone where the value is materialised anyway, and
+the FX-graph and AOTAutograd caches take the graph. The clone stands where the module returned, so that what is
+changed in place later (Falcon's ``mlp_output += attention_output``) is captured before.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import RewriteError
+from ..sampling import fold_seed, num_samples, place
+from .marker import step_begin, step_end, tap
+from .sites import Site
+
+log = logging.getLogger(__name__)
+
+_MARKS = (tap, step_begin, step_end)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Keep ``max(1, round(rate * numel))`` elements of each value, at positions that ``seed`` chooses."""
+
+    rate: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One captured value of a graph: of which site, and its (symbolic) shape as the fake tensor knows it."""
+
+    site: Site
+    value: torch.Tensor
+    """The site's whole value, fake."""
+    kept: torch.Tensor
+    """What leaves the graph, fake: the value itself, or its sampled elements."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """A traced graph with capture ops, and what its extra outputs are."""
+
+    gm: fx.GraphModule
+    num_outputs: int
+    """Outputs of the original graph; the planned values follow."""
+    planned: tuple[Planned, ...]
+    sampled: bool
+    begins_step: bool
+    ends_step: bool
+    input_names: tuple[str, ...]
+    """Names of the integer inputs of the step that this graph begins."""
+    inputs: tuple[int, ...]
+    """Where they stand among the graph's arguments."""
+
+
+def insert_captures(
+    gm: fx.GraphModule, site_of: Callable[[fx.Node], Site], sampling: Sampling | None
+) -> Rewritten | None:
+    """Replace every mark in a copy of ``gm`` by capture ops; None if ``gm`` has no mark.
+
+    Raises:
+        RewriteError: a mark stands inside a nested graph (checkpointing, a nested region), or is of no known site.
+    """
+    if not any(node.op == "call_function" and node.target in _MARKS for node in gm.graph.nodes):
+        _refuse_nested_marks(gm)
+        return None
+    _refuse_nested_marks(gm)
+    copy = _copy(gm)
+    graph = copy.graph
+    planned: list[Planned] = []
+    extra: list[fx.Node] = []
+    begins = ends = False
+    input_names: tuple[str, ...] = ()
+    inputs: tuple[int, ...] = ()
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in _MARKS:
+            continue
+        if node.target is tap:
+            source = node.args[0]
+            with graph.inserting_before(node):
+                kept = _sample(graph, source, sampling) if sampling else _clone(graph, source)
+            planned.append(Planned(site_of(node), source.meta["example_value"], kept.meta["example_value"]))
+            extra.append(kept)
+            node.replace_all_uses_with(source)
+        elif node.target is step_begin:
+            begins = True
+            names, *tensors = node.args
+            known = [(n, placeholders.index(t)) for n, t in zip(names, tensors, strict=True) if t in placeholders]
+            input_names = tuple(name for name, _ in known)
+            inputs = tuple(index for _, index in known)
+        else:
+            ends = True
+        graph.erase_node(node)
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    (values,) = output.args
+    if not isinstance(values, (tuple, list)):
+        raise RewriteError(f"the traced graph returns {values!r}, a tuple was expected")
+    output.args = ((*values, *extra),)
+    graph.lint()
+    copy.recompile()
+    log.debug("inserted %d captures into a graph of %d nodes", len(planned), len(graph.nodes))
+    return Rewritten(copy, len(values), tuple(planned), sampling is not None, begins, ends, input_names, inputs)
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy with its own graph and the same submodules, parameters and what Dynamo noted on graph and nodes."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(gm.graph, mapping, return_output_node=True)
+    assert result is not None, "a traced graph has an output node"
+    value, old_output = result
+    graph.output(value).meta = old_output.meta.copy()
+    for old, new in mapping.items():
+        # Sources name a placeholder's origin in guards; plain graph copies leave these attributes behind.
+        if (source := getattr(old, "_dynamo_source", None)) is not None:
+            new._dynamo_source = source  # type: ignore[attr-defined]
+    copy = fx.GraphModule(gm, graph, type(gm).__name__)
+    copy.meta = gm.meta.copy()
+    for name in ("_param_name_to_source", "_backend_id"):
+        if hasattr(gm, name):
+            setattr(copy, name, getattr(gm, name))
+    return copy
+
+
+def _refuse_nested_marks(gm: fx.GraphModule) -> None:
+    for name, child in gm.named_modules():
+        if child is gm or not isinstance(child, fx.GraphModule):
+            continue
+        for node in child.graph.nodes:
+            if node.op == "call_function" and node.target in _MARKS:
+                raise RewriteError(
+                    f"a site runs inside the nested graph {name!r} (activation checkpointing or a nested compile "
+                    f"region), whose values can't be captured exactly yet: switch that off while capturing"
+                )
+
+
+class _Inserter(fx.proxy.GraphAppendingTracer):
+    """Adds calls at the graph's insertion point, each with the origin of ``like`` and an example value."""
+
+    def __init__(self, graph: fx.Graph, like: fx.Node) -> None:
+        super().__init__(graph)
+        self._origin = {key: value for key, value in like.meta.items() if key != "example_value"}
+        self._fake_mode = like.meta["example_value"].fake_mode
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Node:
+        node = super().create_node(kind, target, args, kwargs, *rest, **more)
+        node.meta.update(self._origin)
+        fakes, named = fx.node.map_arg((args, kwargs), lambda argument: argument.meta["example_value"])
+        with self._fake_mode, torch.no_grad():
+            # A node without an example value would keep the AOTAutograd cache from taking the graph.
+            method = getattr(fakes[0], target) if kind == "call_method" else None
+            node.meta["example_value"] = method(*fakes[1:]) if method is not None else target(*fakes, **named)
+        return node
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Proxy:
+        return self.create_proxy("call_function", target, args, kwargs)
+
+
+def _clone(graph: fx.Graph, source: fx.Node) -> fx.Node:
+    inserter = _Inserter(graph, source)
+    return inserter.call(torch.clone, inserter.call(torch.detach, fx.Proxy(source, inserter))).node
+
+
+def _sample(graph: fx.Graph, source: fx.Node, sampling: Sampling) -> fx.Node:
+    """The kept elements, 1-D: positions are computed in the graph, from the (symbolic) size alone."""
+    fake = source.meta["example_value"]
+    numel: Any = fake.numel()
+    if isinstance(numel, int) and numel == 0:
+        return _clone(graph, source)
+    inserter = _Inserter(graph, source)
+    flat = inserter.call(torch.flatten, inserter.call(torch.detach, fx.Proxy(source, inserter)))
+    count: Any
+    if isinstance(numel, int):
+        count = num_samples(numel, sampling.rate)
+    else:
+        numel = inserter.create_proxy("call_method", "numel", (flat,), {})
+        share = inserter.call(operator.mul, sampling.rate, numel)
+        count = inserter.call(torch.sym_max, 1, inserter.call(round, share))
+    index = inserter.call(torch.arange, count, device=fake.device)
+    where = place(index, numel, count, fold_seed(sampling.seed))
+    return inserter.call(torch.index_select, flat, 0, where).node

@@ -1,0 +1,248 @@
+"""Which modules are captured: by role (attention, MLP), or by globs over their names."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from ..config import HookGranularity, InstrumentationConfig
+from ..errors import NoSitesError
+
+Role = Literal["attention", "mlp", "block", "other"]
+
+# Words of a module's name or class that say what it is; a bigram ("feed", "forward") counts as one word.
+# Mixers that stand in attention's place (state space, recurrent, convolutional) count as attention.
+_ATTENTION_WORDS = frozenset(
+    "attn attention attentions selfattn selfattention mha mla mixer mixers mamba mamba2 ssm rwkv "
+    "retention recurrent deltanet mlstm slstm shortconv temporalblock linearattn".split()
+)
+_MLP_WORDS = frozenset(
+    "mlp mlps ffn ffns ff ffw feedforward feedforwards moe swiglu geglu denserelu denseact "
+    "densegated channelmix channelmixer".split()
+)
+# Words of modules that belong to an attention or MLP by name only ("post_attention_layernorm").
+_SUPPORT_WORDS = frozenset(
+    "norm layernorm rmsnorm batchnorm groupnorm ln dropout drop droppath activation act embedding embeddings "
+    "embed rotary rope pos position bias scale gate router identity cache pool pooler mask".split()
+)
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One module whose output is captured.
+
+    ``name`` is what ``model.get_submodule(name)`` takes; of a module with several names, the first.
+    """
+
+    name: str
+    role: Role
+
+
+def choose_sites(model: nn.Module, config: InstrumentationConfig) -> tuple[Site, ...]:
+    """The sites that ``config`` stands for, in module order.
+
+    Raises:
+        NoSitesError: nothing matches; the message shows what was looked for and near misses.
+    """
+    roles = find_roles(model)
+    globs = config.hook_config.target_layers
+    if globs is not None:
+        return _sites_by_glob(model, tuple(globs), roles)
+    wanted: tuple[Role, ...] = {
+        HookGranularity.ATTENTION_ONLY: ("attention",),
+        HookGranularity.MLP_ONLY: ("mlp",),
+    }.get(config.granularity, ("attention", "mlp"))
+    sites = tuple(Site(name, role) for name, role in roles.items() if role in wanted)
+    if not sites:
+        classes = sorted({type(module).__name__ for module in model.modules()} - {type(model).__name__})
+        raise NoSitesError(
+            f"{type(model).__name__} has no {' or '.join(wanted)} module: looked for modules with weights whose "
+            f"name or class holds words such as attn, attention, mixer / mlp, ffn, feed_forward, moe; its modules "
+            f"are of the classes {', '.join(classes[:12]) or '(none)'}. "
+            f"Name the modules with HookConfig(target_layers=[...])."
+        )
+    return sites
+
+
+def find_roles(model: nn.Module) -> dict[str, Role]:
+    """Name -> role of every attention and MLP of ``model``, in module order, by names and structure alone."""
+    found: dict[str, Role] = {}
+    _walk(model, "", "", found)
+    _last_projections(model, found)
+    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    # A module with a second name is found under whichever comes first; named_modules knows only that one.
+    return {name: found[name] for name in sorted((n for n in found if n in order), key=order.__getitem__)}
+
+
+def _walk(module: nn.Module, name: str, inherited: str, found: dict[str, Role]) -> None:
+    """Collect the outermost attention and MLP modules below ``module``; ``inherited`` names a container's items."""
+    for key, child in module.named_children():
+        full = f"{name}.{key}" if name else key
+        label = f"{inherited}_{key}" if inherited else key
+        if isinstance(child, _CONTAINERS):
+            _walk(child, full, key, found)
+            continue
+        role = _role_of(child, label)
+        if role is None or _is_block(child):
+            _walk(child, full, "", found)
+            continue
+        found[_without_wrapper(child, full)] = role
+
+
+def _role_of(module: nn.Module, label: str) -> Role | None:
+    name_words, class_words = _words(label), _words(type(module).__name__)
+    if (name_words | class_words) & _SUPPORT_WORDS and not _is_compound(module):
+        return None
+    if not _has_matrix(module):
+        return None
+    # The attribute says more than the class: a `mlp` may be of any class, a class is often generic.
+    for words in (name_words, class_words):
+        if words & _MLP_WORDS:
+            return "mlp"
+        if words & _ATTENTION_WORDS:
+            return "attention"
+    return None
+
+
+def _words(text: str) -> frozenset[str]:
+    """The lower-case words of ``selfAttn_out2`` or ``RMSNorm``, and each pair of neighbours joined."""
+    words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+\d*", text)]
+    return frozenset(words) | frozenset(a + b for a, b in zip(words, words[1:], strict=False))
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(parameter.dim() >= 2 for parameter in module.parameters())
+
+
+def _is_compound(module: nn.Module) -> bool:
+    """Has at least two projections of its own, as attention and MLPs have and their norms and gates have not."""
+    return sum(1 for parameter in module.parameters() if parameter.dim() >= 2) >= 2
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return not _has_matrix(module) and any(True for _ in module.parameters())
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Holds both an attention and an MLP: a whole layer, whatever its name says."""
+    roles: set[str] = set()
+    for name, child in module.named_modules():
+        if name and not isinstance(child, _CONTAINERS):
+            role = _role_of(child, name.rpartition(".")[2])
+            if role is not None and _is_compound(child):
+                roles.add(role)
+    return len(roles) == 2
+
+
+def _without_wrapper(module: nn.Module, name: str) -> str:
+    """Down from a wrapper that adds norm and residual (T5's ``layer.0``) to what it wraps (``SelfAttention``)."""
+    while True:
+        children = list(module.named_children())
+        weighted = [(key, child) for key, child in children if _has_matrix(child)]
+        if len(weighted) != 1 or not any(_is_norm(child) for _, child in children):
+            return name
+        key, inner = weighted[0]
+        if isinstance(inner, _CONTAINERS) or not _is_compound(inner):
+            return name
+        module, name = inner, f"{name}.{key}"
+
+
+def _last_projections(model: nn.Module, found: dict[str, Role]) -> None:
+    """Where a role is spread over bare projections, keep the last: OPT's ``fc2``, BERT's ``output.dense``."""
+    bare: dict[tuple[str, Role], list[str]] = {}
+    for name, role in found.items():
+        if _is_projection(model.get_submodule(name)):
+            bare.setdefault((name.rpartition(".")[0], role), []).append(name)
+    for names in bare.values():
+        for name in names[:-1]:
+            del found[name]
+    for block in {name.rpartition(".")[0] for name, role in found.items() if role == "attention"}:
+        prefix = f"{block}." if block else ""
+        inside = [name for name in found if name.startswith(prefix)]
+        if any(found[name] == "mlp" for name in inside):
+            continue
+        projections = [
+            f"{prefix}{name}"
+            for name, module in model.get_submodule(block).named_modules()
+            if name and _is_projection(module) and not any(f"{prefix}{name}.".startswith(f"{n}.") for n in inside)
+        ]
+        # One projection alone is not an MLP, and far from a layer (a model's head) it is none either.
+        if len(projections) >= 2 and block:
+            found[projections[-1]] = "mlp"
+
+
+def _is_projection(module: nn.Module) -> bool:
+    """A linear map by its weight: one matrix and at most a bias, no children (``Linear``, GPT-2's ``Conv1D``)."""
+    shapes = [parameter.dim() for parameter in module.parameters(recurse=False)]
+    return not list(module.children()) and sorted(shapes) in ([2], [1, 2]) and not isinstance(module, nn.Embedding)
+
+
+def _sites_by_glob(model: nn.Module, globs: Sequence[str], roles: dict[str, Role]) -> tuple[Site, ...]:
+    # Every name that get_submodule takes, second names of shared modules too, each with the module's first name.
+    first: dict[int, str] = {id(module): name for name, module in model.named_modules()}
+    names = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    chosen: set[str] = set()
+    for glob in globs:
+        pattern = re.compile(_translate(glob))
+        matches = [name for name in names if pattern.fullmatch(name)]
+        callable_matches = [name for name in matches if not isinstance(names[name], _CONTAINERS)]
+        if not callable_matches:
+            raise NoSitesError(_no_match(glob, matches, list(names)))
+        chosen.update(first[id(names[name])] for name in callable_matches)
+    return tuple(Site(name, _glob_role(name, roles)) for name in names if name in chosen)
+
+
+def _glob_role(name: str, roles: dict[str, Role]) -> Role:
+    role = roles.get(name)
+    if role is not None:
+        return role
+    inside = {other for n, other in roles.items() if n.startswith(f"{name}.")}
+    # A layer holds attention and MLP as near descendants; a stack of layers holds more than one of each.
+    attentions = sum(1 for n, r in roles.items() if r == "attention" and n.startswith(f"{name}."))
+    return "block" if inside == {"attention", "mlp"} and attentions <= 2 else "other"
+
+
+def _translate(glob: str) -> str:
+    """A glob as a regular expression: ``*`` and ``?`` stop at dots, ``**`` crosses them, ``[0-3]`` is a class."""
+    out, position = "", 0
+    while position < len(glob):
+        char = glob[position]
+        if glob.startswith("**", position):
+            out, position = out + ".*", position + 2
+        elif char == "*":
+            out, position = out + r"[^.]*", position + 1
+        elif char == "?":
+            out, position = out + r"[^.]", position + 1
+        elif char == "[" and (end := glob.find("]", position + 2)) != -1:
+            body = glob[position + 1 : end].replace("\\", r"\\")
+            out += "[" + ("^" + body[1:] if body[0] == "!" else body) + "]"
+            position = end + 1
+        else:
+            out, position = out + re.escape(char), position + 1
+    return out
+
+
+def _no_match(glob: str, containers: list[str], names: list[str]) -> str:
+    if containers:
+        return (
+            f"target_layers glob {glob!r} matches only containers that are never called ({containers[0]!r}); "
+            f"choose the modules inside them, {containers[0] + '.*'!r} for example"
+        )
+    near = list(_near_misses(glob, names))
+    hint = f"near misses: {', '.join(map(repr, near))}" if near else "the model has no module with a similar name"
+    return f"target_layers glob {glob!r} matches no module; {hint}"
+
+
+def _near_misses(glob: str, names: list[str]) -> Iterator[str]:
+    seen: set[str] = set()
+    for name in difflib.get_close_matches(re.sub(r"\[[^]]*\]|\*+|\?", "0", glob), names, n=12, cutoff=0.5):
+        shape = re.sub(r"\d+", "*", name)
+        if shape not in seen and len(seen) < 4:
+            seen.add(shape)
+            yield name
