@@ -55,3 +55,14 @@ class CorruptStreamError(StreamError):
 
 class UnsupportedStreamError(StreamError):
     """The file is of a format version, codec or dtype that this version can't read."""
+
+
+class MissingRecordError(StreamError, KeyError):
+    """The stream holds no record of that site, step and call."""
+
+    # KeyError shows the repr of its message; this one is written to be read.
+    __str__ = Exception.__str__
+
+
+class MissingPackageError(InstrumentationError, ImportError):
+    """The call needs an optional package that is not installed."""

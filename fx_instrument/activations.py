@@ -1,0 +1,330 @@
+"""The torch view of a stream file: sites, records as tensors, the inputs that they belong to."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .errors import CorruptStreamError, MissingRecordError, UnsupportedStreamError
+from .sampling import num_samples, positions
+from .stream.reader import Damage, RecordRef, StreamReader
+from .stream.records import SiteEntry
+
+INPUT_ROLE = "input"
+
+
+def open_stream(path: str | os.PathLike[str], *, recover: bool = False) -> ActivationStream:
+    """The captured values of a stream file, ready to read; the file is never modified.
+
+    Args:
+        path: a file that ``capture_activations`` wrote.
+        recover: read a file without an index (its writer was killed, or it was cut) as far as it is whole, and
+            pass over damaged blocks; ``.damage`` then says what is missing.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        NotAStreamError: the file is something else.
+        TruncatedStreamError: the file has no index, and ``recover`` is False.
+        CorruptStreamError: bytes contradict their checksum.
+        UnsupportedStreamError: a newer format, or a codec or dtype that this version can't read.
+    """
+    return ActivationStream(StreamReader(path, recover=recover), os.fspath(path))
+
+
+class Record:
+    """One captured value: which site, which step, and the tensor, which is read when asked for.
+
+    Attributes:
+        site: name of the module.
+        step: number of the forward call, from 0.
+        call: number of the module's call within the step, from 0.
+        shape: of the stored values; ``(k,)`` if sampled.
+        dtype: as captured.
+        full_shape: of the module's output; differs from ``shape`` only if sampled.
+    """
+
+    __slots__ = ("_data", "_ref", "_stream", "call", "dtype", "full_shape", "shape", "site", "step")
+
+    def __init__(
+        self, stream: ActivationStream, site: str, ref: RecordRef, data: npt.NDArray[np.uint8] | None = None
+    ) -> None:
+        self._stream = stream
+        self._ref = ref
+        self._data = data
+        self.site = site
+        self.step = ref.step
+        self.call = ref.call
+        self.shape = torch.Size(ref.shape)
+        self.dtype = torch_dtype(ref.dtype)
+        self.full_shape = self.shape if ref.full_shape is None else torch.Size(ref.full_shape)
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the record holds chosen elements of the module's output, not all."""
+        return self._ref.full_shape is not None
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the values, uncompressed."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def tensor(self) -> torch.Tensor:
+        """The values on the CPU, in the captured dtype; memory of the caller's own, valid after ``close``.
+
+        Raises:
+            CorruptStreamError: the stored bytes contradict their checksum or the shape.
+        """
+        data = self._data if self._data is not None else self._stream._reader.read(self._ref)
+        if data.nbytes != self.num_bytes:
+            raise CorruptStreamError(
+                f"{self._stream.path}: {self!r} holds {data.nbytes} bytes, its shape and dtype need {self.num_bytes}"
+            )
+        if data.nbytes == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        # A fresh copy: the reader's bytes may be the file's read-only map or a page that other records share, and
+        # torch has no read-only tensors, so writing into a view would crash or change other records.
+        return torch.from_numpy(np.array(data)).view(self.dtype).reshape(self.shape)
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """The values as NumPy has them: bfloat16 and float8, which it lacks, widened to float32 (exactly)."""
+        return widened(self.tensor()).numpy()
+
+    def positions(self) -> torch.Tensor | None:
+        """Where the values lie in the flattened output: int64, ascending, shape ``(k,)``; None if not sampled."""
+        if not self.is_sampled:
+            return None
+        return torch.from_numpy(
+            self._stream._positions(math.prod(self.full_shape), self.shape.numel()).copy()
+        )
+
+    def __repr__(self) -> str:
+        sampled = f" of {tuple(self.full_shape)}" if self.is_sampled else ""
+        return (
+            f"Record({self.site!r}, step={self.step}, call={self.call}, "
+            f"{str(self.dtype).removeprefix('torch.')} {tuple(self.shape)}{sampled})"
+        )
+
+
+class SiteRecords(Sequence[Record]):
+    """The records of one site, by step and call; empty if the site was not captured."""
+
+    def __init__(self, stream: ActivationStream, site: str, refs: Sequence[RecordRef]) -> None:
+        self.site = site
+        self._stream = stream
+        self._refs = refs
+
+    def __len__(self) -> int:
+        return len(self._refs)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> SiteRecords: ...
+    def __getitem__(self, index: int | slice) -> Record | SiteRecords:
+        if isinstance(index, slice):
+            return SiteRecords(self._stream, self.site, self._refs[index])
+        return Record(self._stream, self.site, self._refs[index])
+
+    def cat(self) -> torch.Tensor:
+        """All values in one tensor, joined along the token dimension in the order of steps and calls.
+
+        That is the last but one dimension, so (batch, tokens, hidden) gives (batch, all tokens, hidden); sampled
+        and one-dimensional records are joined end to end, scalars become one dimension.
+
+        Raises:
+            ValueError: there are no records, or their other dimensions or dtypes differ.
+        """
+        if not self._refs:
+            raise ValueError(f"no records of {self.site!r} to join; {self._stream.near_sites(self.site)}")
+        first = self[0]
+        rank = len(first.shape)
+        for record in self:
+            same = len(record.shape) == rank and record.dtype == first.dtype
+            same = same and all(
+                a == b
+                for d, (a, b) in enumerate(zip(record.shape, first.shape, strict=True))
+                if d != max(0, rank - 2)
+            )
+            if not same:
+                raise ValueError(
+                    f"records of {self.site!r} differ beyond the token dimension: {first!r} and {record!r}; "
+                    f"join a part of them, stream[site][a:b].cat()"
+                )
+        tensors = [record.tensor() for record in self]
+        return torch.stack(tensors) if rank == 0 else torch.cat(tensors, dim=max(0, rank - 2))
+
+    def __repr__(self) -> str:
+        return f"SiteRecords({self.site!r}, {len(self)} records)"
+
+
+class ActivationStream:
+    """A stream file as torch sees it; made by ``open_stream``. Also a context manager, and iterable.
+
+    Iterating gives every record in the order of the file, which is read once, front to back; a record that was
+    reached so holds its bytes, so let go of it before the next to keep memory small.
+    """
+
+    def __init__(self, reader: StreamReader, path: str) -> None:
+        self._reader = reader
+        self.path = path
+        self.metadata: dict[str, Any] = reader.metadata
+        """Configuration, model, versions, and under "summary" what the capture came to (absent after a kill)."""
+        self.sites: tuple[SiteEntry, ...] = tuple(site for site in reader.sites if site.role != INPUT_ROLE)
+        self.num_steps: int = reader.num_steps
+        self.damage: list[Damage] = reader.damage
+        self._ids = {site.name: site.id for site in self.sites}
+        self._names = {site.id: site.name for site in self.sites}
+        self._inputs = {site.name: site.id for site in reader.sites if site.role == INPUT_ROLE}
+        self._last_positions: tuple[int, npt.NDArray[np.int64]] | None = None
+
+    @property
+    def codec(self) -> str:
+        return self._reader.codec
+
+    @property
+    def raw_bytes(self) -> int:
+        """Size of all records, uncompressed."""
+        return self._reader.raw_bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of the file."""
+        return self._reader.stored_bytes
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Which integer inputs of the forward calls were recorded."""
+        return tuple(self._inputs)
+
+    def __len__(self) -> int:
+        return self._reader.num_records
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, site: str) -> SiteRecords:
+        if not isinstance(site, str):
+            raise TypeError(f"stream[...] takes the name of a site, got {site!r}")
+        site_id = self._ids.get(site)
+        return SiteRecords(self, site, self._reader.refs(site_id) if site_id is not None else ())
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._ids
+
+    def __iter__(self) -> Iterator[Record]:
+        for ref, data in self._reader.scan():
+            name = self._names.get(ref.site_id)
+            if name is not None:
+                yield Record(self, name, ref, data)
+
+    def read(self, site: str, step: int, call: int = 0) -> torch.Tensor:
+        """The values of one site in one forward call, as ``Record.tensor`` gives them.
+
+        Raises:
+            MissingRecordError: (a KeyError) no such site, step or call; the message says what there is.
+        """
+        return self.record(site, step, call).tensor()
+
+    def record(self, site: str, step: int, call: int = 0) -> Record:
+        """The record of one site in one forward call, not yet read; errors as ``read``."""
+        site_id = self._ids.get(site)
+        if site_id is None:
+            raise MissingRecordError(f"{self.path} has no site {site!r}; {self.near_sites(site)}")
+        ref = self._reader.find(site_id, step, call)
+        if ref is None:
+            refs = self._reader.refs(site_id)
+            calls = [ref.call for ref in refs if ref.step == step]
+            if calls:
+                there = f"in that step it was called {len(calls)} times (calls {calls[0]} to {calls[-1]})"
+            elif refs:
+                there = f"it has {len(refs)} records, of steps {refs[0].step} to {refs[-1].step}"
+            else:
+                there = "the site has no records"
+            raise MissingRecordError(
+                f"{self.path} has no record of {site!r} at step {step}, call {call}: {there}"
+            )
+        return Record(self, site, ref)
+
+    def inputs(self, step: int) -> dict[str, torch.Tensor]:
+        """The integer inputs of one forward call as they were passed, by argument name.
+
+        Such as ``input_ids``, ``attention_mask``, ``position_ids``; empty if none was recorded.
+
+        Raises:
+            MissingRecordError: (a KeyError) the stream has no such step.
+        """
+        if not 0 <= step < self.num_steps:
+            raise MissingRecordError(
+                f"{self.path} has no step {step}: it holds {self.num_steps}, counted from 0"
+            )
+        found = {name: self._reader.find(site_id, step, 0) for name, site_id in self._inputs.items()}
+        return {name: Record(self, name, ref).tensor() for name, ref in found.items() if ref is not None}
+
+    def close(self) -> None:
+        """Let go of the file; tensors that were read stay valid."""
+        self._reader.close()
+
+    def __enter__(self) -> ActivationStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"ActivationStream({self.path!r}: {len(self.sites)} sites, {self.num_steps} steps, {len(self)} records)"
+
+    def _positions(self, numel: int, count: int) -> npt.NDArray[np.int64]:
+        # One entry: sites of a step mostly share a size, and a cache of many could outgrow the records.
+        if self._last_positions is not None and self._last_positions[0] == numel:
+            return self._last_positions[1]
+        hook_config = self.metadata.get("config", {}).get("hook_config", {})
+        try:
+            rate, seed = float(hook_config["sampling_rate"]), int(hook_config["seed"])
+        except KeyError as missing:
+            raise UnsupportedStreamError(
+                f"{self.path}: the metadata lack config.hook_config.{missing.args[0]}, so positions are unknown"
+            ) from missing
+        if num_samples(numel, rate) != count:
+            raise CorruptStreamError(
+                f"{self.path}: a record holds {count} of {numel} elements, rate {rate} gives {num_samples(numel, rate)}"
+            )
+        self._last_positions = (numel, positions(numel, rate, seed))
+        return self._last_positions[1]
+
+    def near_sites(self, site: str) -> str:
+        """A clause for error messages: the names closest to ``site``, or the first that there are."""
+        near = difflib.get_close_matches(site, self._ids, n=3, cutoff=0.5)
+        if near:
+            return f"near it are {', '.join(map(repr, near))}"
+        names = list(self._ids)
+        return f"its sites are {', '.join(map(repr, names[:5]))}{' ...' if len(names) > 5 else ''}"
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a stream's dtype name.
+
+    Raises:
+        UnsupportedStreamError: torch has no such dtype.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise UnsupportedStreamError(f"torch {torch.__version__} has no dtype {name!r}")
+    return dtype
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in a dtype that NumPy has: bfloat16 and float8 become float32, which holds them exactly."""
+    # numpy knows half, float and double; every other floating dtype of torch is a narrower one.
+    if tensor.dtype.is_floating_point and tensor.dtype not in (torch.float16, torch.float32, torch.float64):
+        return tensor.to(torch.float32)
+    return tensor

@@ -1,0 +1,350 @@
+"""A stream's records in the formats of other libraries, bit for bit, with memory bounded by one shard or record."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .activations import ActivationStream, Record, widened
+from .analysis import describe
+from .errors import MissingPackageError
+from .token_rows import TokenRows
+
+FORMATS = {
+    ".safetensors": "safetensors",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".npz": "npz",
+    ".zarr": "zarr",
+}
+# Rows go to Parquet and Arrow in batches of about this many value bytes.
+BATCH_BYTES = 32 << 20
+Progress = Callable[[int, int], None]
+
+
+def export_stream(
+    stream: ActivationStream,
+    output: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    sites: Sequence[str] | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = 1_000_000_000,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Write the records into ``output`` and return the files (or the one folder) that were made.
+
+    Values keep every bit: safetensors holds them in the captured dtype; the others, which lack bfloat16 and float8,
+    hold those as float32, and ``dtype`` says what to cast back to.
+
+    - safetensors, npz: one array a record, named ``SITE/STEP/CALL``; inputs as ``inputs/STEP/NAME``; sampled
+      positions as ``positions/NUMEL``; everything else in the safetensors metadata, in npz under ``__metadata__``.
+      Above ``shard_bytes`` safetensors becomes several files and an index, named as Hugging Face names them.
+    - parquet, arrow (an IPC stream): one row a token, with site, role, step, call, row, token_id, dtype, shape,
+      full_shape and the vector ``values``; a sampled record is one row. For ``datasets.load_dataset("parquet", ...)``
+      and ``datasets.Dataset.from_file``.
+    - zarr: a group of groups, ``SITE/STEP.CALL``, with step, call, dtype and full_shape as attributes.
+
+    Args:
+        stream: an open stream.
+        output: file or, for zarr, folder; made under another name and renamed when whole.
+        format: one of FORMATS' values; None takes it from the suffix.
+        sites: names of the sites to export; None: all.
+        overwrite: replace what is there.
+        shard_bytes: the most that a safetensors file holds, and about what its making costs in memory.
+        progress: called with (records done, records in all).
+
+    Raises:
+        ValueError: unknown format or site, values that have no common exact type (Parquet, Arrow), complex values
+            where the format has none.
+        FileExistsError: ``output`` exists, and ``overwrite`` is False.
+        MissingPackageError: the format's library is not installed.
+    """
+    path = Path(output)
+    chosen = format if format is not None else FORMATS.get(path.suffix)
+    if chosen not in FORMATS.values():
+        raise ValueError(
+            f"format must be one of {', '.join(FORMATS.values())}, or the name end in one of {', '.join(FORMATS)}; "
+            f"got format={format!r} and {path.name!r}"
+        )
+    for site in sites or ():
+        if site not in stream:
+            raise ValueError(f"no site {site!r} to export; {stream.near_sites(site)}")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists already; overwrite replaces it")
+    wanted = frozenset(sites) if sites is not None else frozenset(site.name for site in stream.sites)
+    tracked = _Selection(stream, wanted, progress)
+    if chosen == "safetensors":
+        return _to_safetensors(tracked, path, shard_bytes)
+    part = path.with_name(f".{path.name}.part")
+    _remove(part)
+    try:
+        if chosen in ("parquet", "arrow"):
+            _to_arrow(tracked, part, as_parquet=chosen == "parquet")
+        elif chosen == "npz":
+            _to_npz(tracked, part)
+        else:
+            _to_zarr(tracked, part)
+    except BaseException:
+        _remove(part)
+        raise
+    _remove(path)
+    part.rename(path)
+    return [path]
+
+
+class _Selection:
+    """The chosen records of a stream, counted as they pass."""
+
+    def __init__(self, stream: ActivationStream, sites: frozenset[str], progress: Progress | None) -> None:
+        self.stream = stream
+        self.sites = [site for site in stream.sites if site.name in sites]
+        self.num_records = sum(len(stream[site.name]) for site in self.sites)
+        self._progress = progress
+
+    def __iter__(self) -> Iterator[Record]:
+        """In the order of the file, which is read once."""
+        names = {site.name for site in self.sites}
+        done = 0
+        for record in self.stream:
+            if record.site in names:
+                yield record
+                done += 1
+                if self._progress is not None:
+                    self._progress(done, self.num_records)
+
+    def inputs(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for step in range(self.stream.num_steps):
+            for name, tensor in self.stream.inputs(step).items():
+                yield f"inputs/{step}/{name}", tensor
+
+    def description(self) -> str:
+        """Everything that the arrays themselves don't say, as JSON."""
+        sites = [{"name": site.name, "role": site.role} for site in self.sites]
+        return json.dumps({"stream": describe(self.stream), "sites": sites})
+
+
+def array_name(record: Record) -> str:
+    """Name of a record's array in safetensors and npz files."""
+    return f"{record.site}/{record.step}/{record.call}"
+
+
+def _to_safetensors(selection: _Selection, path: Path, shard_bytes: int) -> list[Path]:
+    library = _require("safetensors.torch", "safetensors")
+    if shard_bytes <= 0:
+        raise ValueError(f"shard_bytes must be greater than 0, got {shard_bytes!r}")
+    metadata = {"fx_instrument": selection.description()}
+    shards: list[tuple[Path, list[str]]] = []
+    held: dict[str, torch.Tensor] = {}
+    num_bytes = total_bytes = 0
+
+    def put(name: str, tensor: torch.Tensor) -> None:
+        nonlocal num_bytes, total_bytes
+        if held and num_bytes + tensor.nbytes > shard_bytes:
+            flush()
+        held[name] = tensor
+        num_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+
+    def flush() -> None:
+        nonlocal num_bytes
+        part = path.with_name(f".{path.name}.{len(shards)}.part")
+        shards.append((part, list(held)))
+        library.save_file(held, part, metadata=metadata)
+        held.clear()
+        num_bytes = 0
+
+    positions_of: set[int] = set()
+    try:
+        for record in selection:
+            put(array_name(record), record.tensor())
+            positions = record.positions()
+            numel = math.prod(record.full_shape)
+            if positions is not None and numel not in positions_of:
+                positions_of.add(numel)
+                put(f"positions/{numel}", positions)
+        for name, tensor in selection.inputs():
+            put(name, tensor)
+        if held or not shards:
+            flush()
+        index = path.with_name(f"{path.name}.index.json")
+        _remove(path)
+        _remove(index)
+        if len(shards) == 1:
+            shards[0][0].rename(path)
+            return [path]
+        files = []
+        weight_map = {}
+        for number, (part, names) in enumerate(shards, 1):
+            file = path.with_name(f"{path.stem}-{number:05d}-of-{len(shards):05d}{path.suffix}")
+            part.rename(file)
+            files.append(file)
+            weight_map.update(dict.fromkeys(names, file.name))
+        index.write_text(
+            json.dumps({"metadata": {"total_size": total_bytes, **metadata}, "weight_map": weight_map})
+        )
+        return [*files, index]
+    finally:
+        for part, _ in shards:
+            _remove(part)
+
+
+def _to_npz(selection: _Selection, path: Path) -> None:
+    # numpy.savez wants all arrays at once; its file is a zip of .npy members, which can be written one by one.
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+
+        def put(name: str, values: npt.NDArray[Any]) -> None:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, values, allow_pickle=False)
+
+        dtypes = {}
+        full_shapes = {}
+        positions_of: set[int] = set()
+        for record in selection:
+            name = array_name(record)
+            put(name, record.numpy())
+            dtypes[name] = str(record.dtype).removeprefix("torch.")
+            positions = record.positions()
+            if positions is not None:
+                full_shapes[name] = list(record.full_shape)
+                numel = math.prod(record.full_shape)
+                if numel not in positions_of:
+                    positions_of.add(numel)
+                    put(f"positions/{numel}", positions.numpy())
+        for name, tensor in selection.inputs():
+            put(name, tensor.numpy())
+        description = json.loads(selection.description())
+        put(
+            "__metadata__",
+            np.array(json.dumps({**description, "dtypes": dtypes, "full_shapes": full_shapes})),
+        )
+
+
+def _to_zarr(selection: _Selection, path: Path) -> None:
+    zarr = _require("zarr", "zarr")
+    root = zarr.open_group(str(path), mode="w")
+    root.attrs["fx_instrument"] = json.loads(selection.description())
+    for record in selection:
+        values = record.numpy()
+        array = root.create_array(
+            f"{record.site}/{record.step}.{record.call}", shape=values.shape, dtype=values.dtype
+        )
+        if values.size:
+            array[...] = values
+        array.attrs.update(
+            step=record.step,
+            call=record.call,
+            dtype=str(record.dtype).removeprefix("torch."),
+            full_shape=list(record.full_shape),
+        )
+        positions = record.positions()
+        name = f"positions/{math.prod(record.full_shape)}"
+        if positions is not None and name not in root:
+            root.create_array(name, data=positions.numpy())
+    for name, tensor in selection.inputs():
+        root.create_array(name, data=tensor.numpy())
+
+
+def _to_arrow(selection: _Selection, path: Path, *, as_parquet: bool) -> None:
+    arrow = _require("pyarrow", "pyarrow")
+    common = _common_dtype(selection)
+    values_type = arrow.from_numpy_dtype(common)
+    schema = arrow.schema(
+        [
+            ("site", arrow.string()),
+            ("role", arrow.string()),
+            ("step", arrow.int64()),
+            ("call", arrow.int64()),
+            ("row", arrow.int64()),
+            ("token_id", arrow.int64()),
+            ("dtype", arrow.string()),
+            ("shape", arrow.list_(arrow.int64())),
+            ("full_shape", arrow.list_(arrow.int64())),
+            ("values", arrow.list_(values_type)),
+        ],
+        metadata={"fx_instrument": selection.description()},
+    )
+    roles = {site.name: site.role for site in selection.sites}
+    if as_parquet:
+        writer = _require("pyarrow.parquet", "pyarrow").ParquetWriter(path, schema, compression="zstd")
+    else:
+        writer = _require("pyarrow.ipc", "pyarrow").new_stream(path, schema)
+    token_rows = TokenRows(selection.stream)
+    with writer:
+        for record in selection:
+            flat = widened(record.tensor())
+            # A sampled record, a vector and a scalar are one row each.
+            width = record.shape[-1] if len(record.shape) > 1 else flat.numel()
+            rows = flat.reshape(-1, width) if flat.numel() else flat.reshape(1, 0)
+            token_ids = None if record.is_sampled else token_rows.token_ids(record)
+            a_batch = max(1, BATCH_BYTES // max(1, width * flat.element_size()))
+            for start in range(0, len(rows), a_batch):
+                chunk = rows[start : start + a_batch].numpy().astype(common)
+                n = len(chunk)
+                values = arrow.array(chunk.reshape(-1))
+                offsets = arrow.array(np.arange(n + 1, dtype=np.int32) * chunk.shape[1])
+                columns = [
+                    arrow.array([record.site] * n, arrow.string()),
+                    arrow.array([roles[record.site]] * n, arrow.string()),
+                    arrow.array([record.step] * n, arrow.int64()),
+                    arrow.array([record.call] * n, arrow.int64()),
+                    arrow.array(np.arange(start, start + n)),
+                    arrow.array(
+                        [None] * n if token_ids is None else token_ids[start : start + n], arrow.int64()
+                    ),
+                    arrow.array([str(record.dtype).removeprefix("torch.")] * n, arrow.string()),
+                    arrow.array([list(record.shape)] * n, arrow.list_(arrow.int64())),
+                    arrow.array([list(record.full_shape)] * n, arrow.list_(arrow.int64())),
+                    arrow.ListArray.from_arrays(offsets, values),
+                ]
+                writer.write_batch(arrow.record_batch(columns, schema=schema))
+
+
+def _common_dtype(selection: _Selection) -> np.dtype[Any]:
+    """The NumPy dtype that holds the values of every chosen record exactly."""
+    dtypes = {record.dtype for site in selection.sites for record in selection.stream[site.name]}
+    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    found = {widened(torch.empty(0, dtype=dtype)).numpy().dtype for dtype in dtypes} or {np.dtype(np.float32)}
+    # Arrow's half floats are not readable everywhere; float32 holds them exactly.
+    found = {np.dtype(np.float32) if dtype == np.float16 else dtype for dtype in found}
+    common = np.result_type(*found)
+    exact = all(np.can_cast(dtype, common, "safe") for dtype in found)
+    # NumPy calls int64 -> float64 safe; above 2**53 it is not.
+    exact = exact and not (common.kind == "f" and any(d.kind in "iu" and d.itemsize == 8 for d in found))
+    if common.kind == "c" or not exact:
+        raise ValueError(
+            f"the chosen sites hold {names}, for which Parquet and Arrow have no one exact type; "
+            f"choose other sites, or export to safetensors or npz"
+        )
+    return common
+
+
+def _require(module: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as missing:
+        if missing.name is not None and re.match(rf"{package}(\.|$)", missing.name):
+            raise MissingPackageError(
+                f"this export needs the package {package}: pip install 'fx_instrument[export]'"
+            ) from missing
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
