@@ -184,7 +184,7 @@ class InstrumentationFramework:
         hook_config = self.config.hook_config
         sampled = self.config.granularity is HookGranularity.SAMPLED_SLICES
         sampling = Sampling(hook_config.sampling_rate, hook_config.seed) if sampled else None
-        return CaptureBackend(attachment.marker, attachment.names, sampling, inner, **options)
+        return CaptureBackend(attachment.marker, attachment.finder, sampling, inner, **options)
 
     def _attached(self, caller: str) -> Attachment:
         if self._attachment is None:

@@ -14,7 +14,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import AlreadyInstrumentedError, InstrumentationError
-from .backend import Names
+from .backend import SiteFinder
 from .marker import Marker, step_begin, step_end
 from .sites import Site
 
@@ -37,7 +37,7 @@ class Attachment:
         modules = {site.name: inner.get_submodule(site.name) for site in sites}
         self._modules = {name: weakref.ref(module) for name, module in modules.items()}
         self.marker = Marker({id(modules[site.name]): site for site in sites})
-        self.names = Names(inner)
+        self.finder = SiteFinder(inner, self.sites)
         self._handles: list[RemovableHandle] = [module.register_forward_hook(self.marker) for module in modules.values()]
         self._input_names = _positional_names(inner)
         self._before: list[tuple[nn.Module, Any]] = []
@@ -84,6 +84,7 @@ class Attachment:
                 f"the model was changed after instrument_model, so captures would be incomplete: "
                 f"{', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''}; call restore and instrument_model again"
             )
+        self.finder.refresh()
 
     def detach(self) -> None:
         """Take everything back: hooks, step counting, and the compiled call that stood there before."""

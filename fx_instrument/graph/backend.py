@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from torch import fx, nn
 from torch._dynamo import lookup_backend
 
 from ..errors import RewriteError
-from .marker import Marker
+from .marker import Marker, first_parameter
 from .rewrite import Rewritten, Sampling, insert_captures
 from .shapes import SizeReader
 from .sites import Site
@@ -20,27 +21,33 @@ Compiled = Callable[..., Any]
 InnerBackend = str | Callable[..., Any]
 
 
-class Names:
-    """Modules and parameters of one instrumented model, by identity, without keeping them alive."""
+class SiteFinder:
+    """Sites of one instrumented model by the identity of a module or of its first parameter."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
         self._model = weakref.ref(model)
-        self._fqns: dict[int, str] = {}
+        self._sites = tuple(sites)
+        self.generation = 0
         self.refresh()
 
     def refresh(self) -> None:
+        """Look at the model anew: parameters may have been replaced since."""
         model = self._model()
         if model is None:
             return
-        self._fqns = {id(p): name for name, p in model.named_parameters()}
-        self._fqns.update({id(b): name for name, b in model.named_buffers()})
+        self.generation += 1
+        self.by_module: dict[int, Site] = {}
+        self._by_parameter: dict[int, list[Site]] = {}
+        for site in self._sites:
+            module = model.get_submodule(site.name)
+            self.by_module[id(module)] = site
+            parameter = first_parameter(module)
+            if parameter is not None:
+                self._by_parameter.setdefault(id(parameter), []).append(site)
 
-    def of(self, tensor: object) -> str | None:
-        name = self._fqns.get(id(tensor))
-        if name is None and isinstance(tensor, nn.Parameter):
-            self.refresh()
-            name = self._fqns.get(id(tensor))
-        return name
+    def by_parameter(self, parameter: object) -> list[Site]:
+        """The sites whose first parameter this is: one, or nested or tied modules in module order."""
+        return self._by_parameter.get(id(parameter), [])
 
 
 class CaptureBackend:
@@ -48,7 +55,7 @@ class CaptureBackend:
 
     Args:
         marker: the marker that planted the sites.
-        names: the model's parameters by identity.
+        finder: the model's sites by identity.
         sampling: sample inside the graph, or None for whole values.
         inner: what compiles the rewritten graph, a name that ``torch.compile`` knows or a callable.
         options: ``mode``, ``options`` and ``dynamic`` for the inner backend, as ``torch.compile`` takes them.
@@ -57,7 +64,7 @@ class CaptureBackend:
     def __init__(
         self,
         marker: Marker,
-        names: Names,
+        finder: SiteFinder,
         sampling: Sampling | None,
         inner: InnerBackend,
         *,
@@ -66,18 +73,21 @@ class CaptureBackend:
         dynamic: bool | None = None,
     ) -> None:
         self._marker = marker
-        self._names = names
+        self._finder = finder
         self._sampling = sampling
         self._inner = _resolve(inner, mode, options, dynamic)
         self.compiler_name = getattr(self._inner, "compiler_name", None) or str(inner)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Compiled:
-        rewritten = insert_captures(gm, self._site_of, self._sampling)
+        def site_of(node: fx.Node, anchor: int | None) -> Site:
+            return self._site_of(node, example_inputs[anchor] if anchor is not None else None)
+
+        rewritten = insert_captures(gm, site_of, self._sampling)
         if rewritten is None:
             compiled: Compiled = self._inner(gm, example_inputs, **kwargs)
             return compiled
         compiled = self._inner(rewritten.gm, example_inputs, **kwargs)
-        return CapturedGraph(compiled, rewritten, example_inputs, self._marker, self._names)
+        return CapturedGraph(compiled, rewritten, example_inputs, self._marker, self._finder)
 
     def reset(self) -> None:
         if hasattr(self._inner, "reset"):
@@ -87,18 +97,23 @@ class CaptureBackend:
         inner = getattr(self._inner, "get_compiler_config", None)
         return inner() if inner is not None else None
 
-    def _site_of(self, node: fx.Node) -> Site:
+    def _site_of(self, node: fx.Node, anchor: object) -> Site:
         # The hook runs inside the module's call, so the module is the innermost of the stack. Keys are
         # `str(id(module))`, with `@k` behind it when the module is called again in the same graph.
         stack = node.meta.get("nn_module_stack") or {}
-        for key in reversed(stack):
-            module_id = str(key).partition("@")[0]
-            if module_id.isdigit() and (site := self._marker.sites.get(int(module_id))) is not None:
-                return site
-            break
+        module_id = str(next(reversed(stack), "")).partition("@")[0]
+        if module_id.isdigit() and (site := self._finder.by_module.get(int(module_id))) is not None:
+            return site
+        # Behind a graph break the rest of a frame is traced without the module's stack.
+        candidates = self._finder.by_parameter(anchor)
+        if len(candidates) == 1:
+            return candidates[0]
         raise RewriteError(
-            f"a capture mark stands in the traced graph without a site (innermost module: "
-            f"{list(stack.values())[-1:]}): the model was changed after instrument_model; restore and instrument again"
+            f"a capture mark behind a graph break can't be told apart: it may be of {candidates}; choose one of them"
+            if candidates
+            else f"a capture mark stands in the traced graph without a site (innermost module: "
+            f"{list(stack.values())[-1:]}): it has no parameters and stands behind a graph break, or the model was "
+            f"changed after instrument_model"
         )
 
 
@@ -134,11 +149,11 @@ class CapturedGraph:
         rewritten: Rewritten,
         example_inputs: Sequence[Any],
         marker: Marker,
-        names: Names,
+        finder: SiteFinder,
     ) -> None:
         self._compiled = compiled
         self._marker = marker
-        self._names = names
+        self._finder = finder
         self._num_outputs = rewritten.num_outputs
         self._sites = tuple(planned.site for planned in rewritten.planned)
         self._begins, self._ends = rewritten.begins_step, rewritten.ends_step
@@ -149,8 +164,16 @@ class CapturedGraph:
         self._full_shapes = (
             sizes.shapes([planned.value.shape for planned in rewritten.planned]) if rewritten.sampled else None
         )
-        self._anchor, self._anchor_name, self._anchor_ref = self._find_anchor(example_inputs)
-        self._renamed: dict[str, tuple[Site, ...]] = {}
+        self._anchors = [planned.anchor for planned in rewritten.planned]
+        # Where each site stands among those with the same first parameter: the same place for another layer's.
+        self._places = [
+            finder.by_parameter(example_inputs[planned.anchor]).index(planned.site) if planned.anchor is not None else 0
+            for planned in rewritten.planned
+        ]
+        distinct = sorted({anchor for anchor in self._anchors if anchor is not None})
+        self._pick_anchors = operator.itemgetter(*distinct) if distinct else None
+        self._known: dict[Any, tuple[Site | None, ...]] = {}
+        self._generation = -1
 
     def __call__(self, *args: Any) -> Any:
         sink = self._marker.sink
@@ -160,8 +183,9 @@ class CapturedGraph:
         if self._begins:
             named = zip(self._input_names, self._inputs, strict=True)
             sink.begin_step({name: args[index] for name, index in named})
-        sites = self._sites_of(args)
+        chosen = self._sites_of(args)
         full_shapes = self._full_shapes(args) if self._full_shapes is not None else None
+        sites = chosen if None not in chosen else tuple(site for site in chosen if site is not None)
         num_bytes = self._num_bytes(args) if self._num_bytes is not None else None
         ticket = sink.reserve(sites, num_bytes) if num_bytes is not None else None
         try:
@@ -171,6 +195,10 @@ class CapturedGraph:
                 sink.cancel(ticket)
             raise
         values = outputs[self._num_outputs :]
+        if len(sites) != len(chosen):
+            keep = [index for index, site in enumerate(chosen) if site is not None]
+            values = [values[index] for index in keep]
+            full_shapes = [full_shapes[index] for index in keep] if full_shapes is not None else None
         if ticket is None:
             # The size depends on the data: it is known only now.
             ticket = sink.reserve(sites, sum(value.nbytes for value in values))
@@ -179,40 +207,24 @@ class CapturedGraph:
             sink.end_step()
         return outputs[: self._num_outputs]
 
-    def _find_anchor(self, example_inputs: Sequence[Any]) -> tuple[int, str, Any]:
-        """A parameter among the arguments that tells which module the graph runs for."""
-        for index, value in enumerate(example_inputs):
-            if isinstance(value, nn.Parameter) and (name := self._names.of(value)) is not None:
-                return index, name, weakref.ref(value)
-        return -1, "", lambda: None
-
-    def _sites_of(self, args: Sequence[Any]) -> tuple[Site, ...]:
-        """The sites of this run: equal layers compiled one by one share a graph, and their parameters tell them."""
-        if self._anchor < 0 or args[self._anchor] is self._anchor_ref():
+    def _sites_of(self, args: Sequence[Any]) -> tuple[Site | None, ...]:
+        """The sites of this run; None for a module that runs this graph too and is no site."""
+        if self._pick_anchors is None:
             return self._sites
-        name = self._names.of(args[self._anchor])
-        if name is None or name == self._anchor_name:
-            return self._sites
-        sites = self._renamed.get(name)
+        if self._generation != self._finder.generation:
+            self._generation = self._finder.generation
+            self._known.clear()
+        anchors = self._pick_anchors(args)
+        key = tuple(map(id, anchors)) if isinstance(anchors, tuple) else id(anchors)
+        sites = self._known.get(key)
         if sites is None:
-            sites = self._renamed[name] = self._rename(name)
+            sites = self._known[key] = tuple(self._site_at(args, index) for index in range(len(self._sites)))
         return sites
 
-    def _rename(self, name: str) -> tuple[Site, ...]:
-        here, there = self._anchor_name.split("."), name.split(".")
-        while here and there and here[-1] == there[-1]:
-            here.pop()
-            there.pop()
-        old, new = ".".join(here), ".".join(there)
-        known = {site.name: site for site in self._marker.sites.values()}
-        renamed = []
-        for site in self._sites:
-            moved = new + site.name[len(old) :] if site.name == old or site.name.startswith(f"{old}.") else None
-            if moved not in known:
-                raise RewriteError(
-                    f"a graph compiled for {self._anchor_name!r} ran for {name!r}, where the site {site.name!r} has "
-                    f"no counterpart among the sites: choose the same sites in each of the layers that are compiled "
-                    f"one by one"
-                )
-            renamed.append(known[moved])
-        return tuple(renamed)
+    def _site_at(self, args: Sequence[Any], index: int) -> Site | None:
+        anchor = self._anchors[index]
+        if anchor is None:
+            return self._sites[index]
+        candidates = self._finder.by_parameter(args[anchor])
+        place = self._places[index]
+        return candidates[place] if place < len(candidates) else None

@@ -1,12 +1,14 @@
 """The identity op that is planted while tracing, and the forward hook that plants it.
 
     traced with capture on        %mlp = linear(...)
-                                  %tap = tap(%mlp)        # no user; impure, so that no pass removes it
+                                  %tap = tap(%mlp, %w)    # no user; impure, so that no pass removes it
     traced with capture off       %mlp = linear(...)
 
 The hook is Python that only Dynamo's tracing runs; the backend replaces each ``tap`` by plain capture nodes, so
 nothing of it is left in compiled code. One hook object serves all sites: a closure per layer would keep equal
-layers from sharing a graph. A site's identity is the last entry of the node's ``nn_module_stack``.
+layers from sharing a graph. Which site a mark belongs to is told at run time by ``%w``, the module's first
+parameter: a graph that Dynamo compiled for one layer, or for the rest of a frame behind a graph break, runs for
+others too. Modules without parameters are told by the last entry of the node's ``nn_module_stack``.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class Sink(Protocol):
         """Take a copy of a value that was computed outside any graph."""
 
 
-def tap(value: torch.Tensor) -> torch.Tensor:
+def tap(value: torch.Tensor, anchor: torch.Tensor | None) -> torch.Tensor:
     """Mark ``value`` in a traced graph as a site's; the framework's backend replaces the mark.
 
     The body runs on fake tensors while Dynamo traces. Anywhere else the graph went to a backend that does not
@@ -100,6 +102,19 @@ def first_tensor(output: object) -> torch.Tensor | None:
     return None
 
 
+def first_parameter(module: nn.Module) -> nn.Parameter | None:
+    """The parameter that stands for ``module``; plain loops, which Dynamo traces at little cost."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    for child in module._modules.values():
+        if child is not None:
+            found = first_parameter(child)
+            if found is not None:
+                return found
+    return None
+
+
 class Marker:
     """The forward hook of all sites of one instrumented model, and the switch between its two variants.
 
@@ -118,7 +133,7 @@ class Marker:
         if value is None:
             return
         if torch.compiler.is_dynamo_compiling():
-            tap(value)
+            tap(value, first_parameter(module))
         else:
             self.record(module, value)
 

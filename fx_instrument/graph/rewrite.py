@@ -45,6 +45,8 @@ class Planned:
     """One captured value of a graph: of which site, and its (symbolic) shape as the fake tensor knows it."""
 
     site: Site
+    anchor: int | None
+    """Which graph argument is the module's first parameter; None if it has none."""
     value: torch.Tensor
     """The site's whole value, fake."""
     kept: torch.Tensor
@@ -69,7 +71,7 @@ class Rewritten:
 
 
 def insert_captures(
-    gm: fx.GraphModule, site_of: Callable[[fx.Node], Site], sampling: Sampling | None
+    gm: fx.GraphModule, site_of: Callable[[fx.Node, int | None], Site], sampling: Sampling | None
 ) -> Rewritten | None:
     """Replace every mark in a copy of ``gm`` by capture ops; None if ``gm`` has no mark.
 
@@ -92,10 +94,12 @@ def insert_captures(
         if node.op != "call_function" or node.target not in _MARKS:
             continue
         if node.target is tap:
-            source = node.args[0]
+            source, anchor = node.args
             with graph.inserting_before(node):
                 kept = _sample(graph, source, sampling) if sampling else _clone(graph, source)
-            planned.append(Planned(site_of(node), source.meta["example_value"], kept.meta["example_value"]))
+            index = placeholders.index(anchor) if anchor in placeholders else None
+            fakes = source.meta["example_value"], kept.meta["example_value"]
+            planned.append(Planned(site_of(node, index), index, *fakes))
             extra.append(kept)
             node.replace_all_uses_with(source)
         elif node.target is step_begin:
