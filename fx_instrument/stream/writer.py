@@ -1,0 +1,410 @@
+"""Records to pages, pages through compressor threads, blocks into one file in order."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import queue
+import stat
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from fx_instrument.errors import CaptureFailedError
+from fx_instrument.stream.codec import EncodedPage, PageEncoder, empty_frame, encode_directory
+from fx_instrument.stream.pages import U8, Countdown, Page, Row
+from fx_instrument.stream.records import (
+    ALIGNMENT,
+    CODEC_CODES,
+    DTYPES,
+    MAX_PAGE_BYTES,
+    MAX_ROWS,
+    SEGMENT_ID_BYTES,
+    BlockHeader,
+    IndexRow,
+    Prolog,
+    RecordMeta,
+    SiteEntry,
+    record_bytes,
+    write_index,
+    write_sites,
+)
+
+DEFAULT_MEMORY_BYTES = 64 << 20
+MIN_PAGE_BYTES = 16 << 10
+_WORKER_FIXED_BYTES = 1 << 20
+_WORKER_PAGES = 4
+"""What a worker holds at most in pages: gathered, planes, compressed planes and the room zstd asks for."""
+_IOV_MAX = 1000
+
+
+class StreamWriter:
+    """Writes one stream file from the calls of one drain thread; compresses in threads of its own.
+
+    ``put`` takes over a record's memory without a copy and calls ``done`` once its bytes are in the file (or
+    thrown away after a failure). Records of a dtype collect in a page; a full or old page goes to a worker, which
+    lays it out by site, compresses it and appends it when its turn comes. A failure of any thread is kept in
+    ``failure`` and raised by ``close``.
+
+    Raises on construction: ValueError for a codec, mode or memory that does not exist; OSError as ``open`` does.
+    """
+
+    def __init__(
+        self,
+        path: os.PathLike[str] | str | None,
+        *,
+        metadata: Mapping[str, Any],
+        codec: str,
+        mode: str = "w",
+        num_workers: int | None = None,
+        memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        page_bytes: int | None = None,
+        target_bytes_per_s: float | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if codec not in CODEC_CODES:
+            raise ValueError(f"codec must be one of {', '.join(CODEC_CODES)}, got {codec!r}")
+        if mode not in ("w", "x", "a"):
+            raise ValueError(f"mode must be 'w', 'x' or 'a', got {mode!r}")
+        num_workers, page_bytes = _fit_memory(memory_bytes, num_workers, page_bytes)
+        self.codec = codec
+        self.page_bytes = page_bytes
+        self.num_workers = num_workers
+        self.memory_bytes = num_workers * (_WORKER_PAGES * page_bytes + _WORKER_FIXED_BYTES)
+        self.target_bytes_per_s = target_bytes_per_s
+        self.first_step = 0
+        self.failure: BaseException | None = None
+        self.stored_bytes = 0
+        self.raw_bytes = 0
+        self.num_records = 0
+        self._prolog = Prolog(codec, uuid.uuid4().bytes, dict(metadata), rank, world, time.time_ns())
+        self._segment_id = self._prolog.uuid[:SEGMENT_ID_BYTES]
+        self._sites: list[SiteEntry] = []
+        self._site_ids: dict[tuple[str, str], int] = {}
+        self._inputs: set[int] = set()
+        self._sites_written = 0
+        self._blocks: list[IndexRow] = []
+        self._max_step = -1
+        self._sizes: dict[tuple[str, tuple[int, ...]], int] = {}
+        self._open: dict[str, Page] = {}
+        self._queue: queue.SimpleQueue[Page | None] = queue.SimpleQueue()
+        self._sequence = 0
+        self._turn = 0
+        self._turn_changed = threading.Condition()
+        self._abandoned = False
+        self._closed = False
+        self._fd = _open_file(path, mode)
+        try:
+            self._write([empty_frame(codec), self._prolog.write()])
+        except BaseException:
+            self._close_file()
+            raise
+        self._workers = [
+            threading.Thread(target=self._work, name=f"fx-stream-{number}", daemon=True)
+            for number in range(num_workers)
+        ]
+        for worker in self._workers:
+            worker.start()
+
+    # -- the drain thread's side ---------------------------------------------------------------------------
+
+    def add_site(self, name: str, role: str) -> int:
+        """The id of a site, new or known; a site is known by name and role."""
+        site_id = self._site_ids.get((name, role))
+        if site_id is None:
+            site_id = len(self._sites)
+            self._sites.append(SiteEntry(site_id, name, role))
+            if role == "input":
+                self._inputs.add(site_id)
+            self._site_ids[name, role] = site_id
+        return site_id
+
+    def put(self, meta: RecordMeta, data: U8, done: Callable[[], None] | None = None) -> None:
+        """Take over a record whose bytes are ``data`` (1-D uint8, contiguous), without a copy.
+
+        ``done`` is called exactly once, from any thread, when the bytes are needed no more.
+
+        Raises:
+            ValueError: the bytes are not those of the dtype and shape, or the site is unknown.
+        """
+        size = len(data)
+        expected = self._sizes.get((meta.dtype, meta.shape))
+        if expected is None:
+            expected = self._sizes[meta.dtype, meta.shape] = record_bytes(meta.dtype, meta.shape)
+        if size != expected:
+            raise ValueError(
+                f"a record of {meta.dtype} {meta.shape} has {expected} bytes, got {size} (site {meta.site_id})"
+            )
+        if not 0 <= meta.site_id < len(self._sites):
+            raise ValueError(f"site {meta.site_id} was not added; there are {len(self._sites)}")
+        page = self._open.get(meta.dtype)
+        if page is not None and page.raw_bytes + size > self.page_bytes:
+            self._seal(page)
+            page = None
+        if size > self.page_bytes:
+            self._put_parts(meta, data, done)
+            return
+        if page is None:
+            page = self._open[meta.dtype] = Page(meta.dtype, time.monotonic())
+        page.rows.append((meta, data, done, 0))
+        page.raw_bytes += size
+        if len(page.rows) >= MAX_ROWS:
+            self._seal(page)
+
+    def _put_parts(self, meta: RecordMeta, data: U8, done: Callable[[], None] | None) -> None:
+        """Cut a record that is larger than a page into nearly equal parts, each a page of its own."""
+        count = -(-len(data) // self.page_bytes)
+        part_bytes = -(-len(data) // count)
+        part_bytes += -part_bytes % min(ALIGNMENT, self.page_bytes)
+        starts = range(0, len(data), part_bytes)
+        part_done = None if done is None else Countdown(len(starts), done)
+        for start in starts:
+            page = self._open[meta.dtype] = Page(meta.dtype, time.monotonic())
+            part = data[start : start + part_bytes]
+            page.rows.append((meta, part, part_done, start))
+            page.raw_bytes = len(part)
+            self._seal(page)
+
+    def seal(self, *, older_than_s: float = 0.0) -> None:
+        """Hand incomplete pages to the workers, those at least ``older_than_s`` seconds old."""
+        if self._open:
+            latest = time.monotonic() - older_than_s
+            for page in [page for page in self._open.values() if page.opened_s <= latest]:
+                self._seal(page)
+
+    def _seal(self, page: Page) -> None:
+        del self._open[page.dtype]
+        page.sequence = self._sequence
+        page.num_sites = len(self._sites)
+        self._sequence += 1
+        self._queue.put(page)
+
+    def close(self, summary: Mapping[str, Any]) -> None:
+        """Write what is left, then the index with ``summary``, and close the file; later calls do nothing.
+
+        Raises:
+            CaptureFailedError: a thread, or this call, could not write; ``__cause__`` says why. The file holds
+                what was written before.
+        """
+        if self._closed:
+            return
+        self._stop()
+        try:
+            if self.failure is None:
+                try:
+                    self._write_end(summary)
+                except Exception as error:
+                    self.failure = error
+        finally:
+            self._close_file()
+        if self.failure is not None:
+            raise CaptureFailedError(
+                f"the stream could not be written: {self.failure}; what was written before is readable with "
+                f"recover=True"
+            ) from self.failure
+
+    def abandon(self) -> None:
+        """Stop at once and write no index, as if the process had been killed; every ``done`` is called."""
+        if self._closed:
+            return
+        self._abandoned = True
+        self._stop()
+        self._close_file()
+
+    def _stop(self) -> None:
+        self._closed = True
+        self.seal()
+        for _ in self._workers:
+            self._queue.put(None)
+        for worker in self._workers:
+            worker.join()
+
+    def _close_file(self) -> None:
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+    # -- the workers' side ---------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        encoder: PageEncoder | None = None
+        while (page := self._queue.get()) is not None:
+            try:
+                if self.failure is None and not self._abandoned:
+                    if encoder is None:
+                        encoder = PageEncoder(self.codec, self.page_bytes)
+                    self._store(page, encoder)
+            except BaseException as error:
+                self._fail(error)
+            finally:
+                with self._turn_of(page):
+                    pass
+                self._release(page)
+
+    def _release(self, page: Page) -> None:
+        for row in page.rows:
+            if row[2] is not None:
+                try:
+                    row[2]()
+                except BaseException as error:
+                    self._fail(error)
+        page.rows.clear()
+
+    def _fail(self, error: BaseException) -> None:
+        if self.failure is None:
+            self.failure = error
+
+    @contextlib.contextmanager
+    def _turn_of(self, page: Page) -> Iterator[None]:
+        """Wait until all earlier pages are done with; the next page's turn comes when the block is left."""
+        with self._turn_changed:
+            self._turn_changed.wait_for(lambda: self._turn >= page.sequence)
+        try:
+            yield
+        finally:
+            with self._turn_changed:
+                self._turn = max(self._turn, page.sequence + 1)
+                self._turn_changed.notify_all()
+
+    def _store(self, page: Page, encoder: PageEncoder) -> None:
+        page.group_by_site()
+        encoded = encoder.encode([row[1] for row in page.rows], page.dtype)
+        rows, raw_directory, num_shapes = page.directory()
+        directory_encoding, directory = encode_directory(self.codec, raw_directory)
+        steps = rows["step"]
+        header = BlockHeader(
+            codec=CODEC_CODES[self.codec],
+            dtype=DTYPES[page.dtype][0],
+            filter=encoded.filter,
+            directory_encoding=directory_encoding,
+            num_rows=len(rows),
+            segment_id=self._segment_id,
+            sequence=page.sequence,
+            time_ns=time.time_ns(),
+            min_step=int(steps.min()),
+            max_step=int(steps.max()),
+            num_shapes=num_shapes,
+            directory_bytes=len(directory),
+            directory_raw_bytes=len(raw_directory),
+            raw_bytes=page.raw_bytes,
+            payload_bytes=encoded.payload_bytes,
+            payload_crc=encoded.payload_crc,
+            plane_bytes=encoded.plane_bytes,
+            plane_encodings=encoded.plane_encodings,
+        )
+        with self._turn_of(page):
+            if self.failure is None and not self._abandoned:
+                self._append(page, header, directory, encoded)
+
+    def _append(self, page: Page, header: BlockHeader, directory: bytes, encoded: EncodedPage) -> None:
+        if page.num_sites > self._sites_written:
+            self._write([write_sites(self._sites[self._sites_written : page.num_sites], self._segment_id)])
+            self._sites_written = page.num_sites
+        offset = self.stored_bytes
+        head = header.write(directory, offset)
+        self._write([head, *encoded.pieces])
+        sites = {row[0].site_id for row in page.rows}
+        self._blocks.append(
+            IndexRow(
+                offset,
+                header.min_step,
+                header.max_step,
+                len(head) + header.payload_bytes,
+                header.num_rows,
+                header.raw_bytes,
+                frozenset(sites),
+            )
+        )
+        self._max_step = max(self._max_step, header.max_step)
+        if self._inputs.isdisjoint(sites):
+            captured: Sequence[Row] = page.rows
+        else:
+            captured = [row for row in page.rows if row[0].site_id not in self._inputs]
+        self.raw_bytes += sum(len(row[1]) for row in captured)
+        self.num_records += sum(row[3] == 0 for row in captured)
+
+    def _write_end(self, summary: Mapping[str, Any]) -> None:
+        num_steps = summary.get("num_steps", 0)
+        index = write_index(
+            self.stored_bytes,
+            self._blocks,
+            self._sites,
+            segment_id=self._segment_id,
+            num_steps=max(int(num_steps), self._max_step + 1, self.first_step),
+            num_records=self.num_records,
+            raw_bytes=self.raw_bytes,
+            summary=summary,
+        )
+        self._write([index])
+        if self._fd is not None:
+            try:
+                os.fsync(self._fd)
+            except OSError as error:
+                # A pipe or a device has nothing to sync.
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
+                    raise
+
+    def _write(self, pieces: Sequence[Any]) -> None:
+        views = [memoryview(piece).cast("B") for piece in pieces if len(piece)]
+        if self._fd is not None:
+            _write_all(self._fd, views)
+        self.stored_bytes += sum(map(len, views))
+
+
+def _write_all(fd: int, views: list[memoryview]) -> None:
+    position = 0
+    while position < len(views):
+        written = os.writev(fd, views[position : position + _IOV_MAX])
+        if written <= 0:
+            raise OSError(errno.EIO, "a write stored nothing")
+        while position < len(views) and written >= len(views[position]):
+            written -= len(views[position])
+            position += 1
+        if written:
+            views[position] = views[position][written:]
+
+
+def _fit_memory(memory_bytes: int, num_workers: int | None, page_bytes: int | None) -> tuple[int, int]:
+    """Workers and page size that fit: fewer workers before smaller pages than 256 KiB."""
+    if page_bytes is not None and not 1024 <= page_bytes <= MAX_PAGE_BYTES:
+        raise ValueError(f"page_bytes must be from 1024 to {MAX_PAGE_BYTES}, got {page_bytes!r}")
+    if num_workers is not None and num_workers < 1:
+        raise ValueError(f"num_workers must be at least 1, got {num_workers!r}")
+    if num_workers is None:
+        num_workers = max(1, min(4, len(os.sched_getaffinity(0)) // 2))
+        while num_workers > 1 and num_workers * (_WORKER_PAGES << 20) > memory_bytes:
+            num_workers -= 1
+    if page_bytes is None:
+        room = (memory_bytes // num_workers - _WORKER_FIXED_BYTES) // _WORKER_PAGES
+        page_bytes = max(MIN_PAGE_BYTES, min(MAX_PAGE_BYTES, room // 4096 * 4096))
+    return num_workers, page_bytes
+
+
+def _open_file(path: os.PathLike[str] | str | None, mode: str) -> int | None:
+    """A new private file, or None for the null sink.
+
+    Mode "w" puts a new file in the place of the old one instead of truncating it: a reader that has the old one
+    mapped would die of SIGBUS.
+    """
+    if path is None:
+        return None
+    flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+    if mode == "x":
+        return os.open(path, flags | os.O_EXCL, 0o600)
+    fd = os.open(path, flags, 0o600)
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or not status.st_size:
+        return fd
+    real = os.path.realpath(path)
+    try:
+        os.unlink(real)
+    except OSError:
+        # The folder may not be ours to change: then the old file's memory is the new one's.
+        os.ftruncate(fd, 0)
+        return fd
+    os.close(fd)
+    return os.open(real, flags | os.O_EXCL, 0o600)
