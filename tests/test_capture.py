@@ -1,0 +1,263 @@
+"""The buffer's bound, the session's counting, and failures in its thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fx_instrument import BufferTooSmallError, CaptureFailedError
+from fx_instrument.capture.budget import HostBudget
+from fx_instrument.capture.session import RECORD_OVERHEAD_BYTES, Session
+from fx_instrument.capture.transfer import host_bytes
+from fx_instrument.graph.sites import Site
+from fx_instrument.stream.records import RecordMeta
+
+A, B = Site("a", "attention"), Site("b", "mlp")
+
+
+class HeldWriter:
+    """A writer that keeps what it is given until the test lets go of it."""
+
+    def __init__(self, hold: bool = False) -> None:
+        self.first_step = self.memory_bytes = self.stored_bytes = 0
+        self.failure: BaseException | None = None
+        self.hold = hold
+        self.held: list[Callable[[], None]] = []
+        self.rows: list[tuple[RecordMeta, bytes]] = []
+        self.sites: list[tuple[str, str]] = []
+        self.summary: Mapping[str, Any] = {}
+        self.arrived = threading.Semaphore(0)
+
+    def add_site(self, name: str, role: str) -> int:
+        if (name, role) not in self.sites:
+            self.sites.append((name, role))
+        return self.sites.index((name, role))
+
+    def put(self, meta: Any, data: np.ndarray, done: Callable[[], None] | None = None) -> None:
+        self.rows.append((meta, data.tobytes()))
+        assert done is not None
+        if self.hold:
+            self.held.append(done)
+        else:
+            done()
+        self.arrived.release()
+
+    def let_go(self) -> None:
+        self.hold = False
+        while self.held:
+            self.held.pop()()
+
+    def seal(self, *, older_than_s: float = 0.0) -> None:
+        pass
+
+    def close(self, summary: Mapping[str, Any]) -> None:
+        self.let_go()
+        self.summary = summary
+
+
+def session(writer: Any, limit: int = 1_000_000, drop: bool = False, **more: Any) -> Session:
+    return Session(
+        writer,
+        RecordMeta,
+        [A, B],
+        max_memory_bytes=limit,
+        drop=drop,
+        target_gbps=1.0,
+        progress=False,
+        **{"sampling": None, **more},
+    )
+
+
+def run_graph(open_session: Session, *values: torch.Tensor) -> None:
+    sites = [A, B][: len(values)]
+    ticket = open_session.reserve(sites, sum(value.nbytes for value in values))
+    open_session.deliver(ticket, sites, values, None)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 50)), max_size=40), st.integers(1, 100))
+def test_budget_never_holds_more_than_its_limit(moves: list[tuple[bool, int]], limit: int) -> None:
+    """Whatever the order of acquiring and releasing, the bytes held are the granted ones and stay in the bound."""
+    budget = HostBudget(limit)
+    granted: list[int] = []
+    for acquire, amount in moves:
+        if acquire:
+            fits = sum(granted) + amount <= limit
+            assert budget.acquire(amount, wait=False) is fits
+            if fits:
+                granted.append(amount)
+        elif granted:
+            budget.release(granted.pop())
+        assert budget.held_bytes == sum(granted) <= limit
+    assert budget.peak_bytes <= limit
+
+
+def test_a_stalled_thread_goes_on_once_there_is_room() -> None:
+    """"stall" waits, and says how long it did."""
+    budget = HostBudget(10)
+    assert budget.acquire(10, wait=False)
+    waiting = threading.Thread(target=lambda: budget.acquire(5, wait=True))
+    waiting.start()
+    while budget.stalled_ns == 0 and waiting.is_alive():
+        with budget._changed:
+            asleep = bool(budget._changed._waiters)  # type: ignore[attr-defined]
+        if asleep:
+            budget.release(10)
+            break
+    waiting.join(timeout=10)
+    assert not waiting.is_alive() and budget.held_bytes == 5 and budget.stalled_ns > 0
+
+
+def test_steps_and_calls_are_counted() -> None:
+    """Steps are numbered by forward call, calls within a step by site."""
+    writer = HeldWriter()
+    opened = session(writer)
+    for _ in range(2):
+        opened.begin_step({"input_ids": torch.tensor([[1, 2]])})
+        run_graph(opened, torch.ones(2), torch.ones(3))
+        run_graph(opened, torch.ones(4))
+        opened.end_step()
+    opened.close()
+    rows = [(m.site_id, m.step, m.call, m.shape) for m, _ in writer.rows if m.site_id < 2]
+    assert rows == [(0, 0, 0, (2,)), (1, 0, 0, (3,)), (0, 0, 1, (4,)), (0, 1, 0, (2,)), (1, 1, 0, (3,)), (0, 1, 1, (4,))]
+    assert writer.sites[2] == ("input_ids", "input")
+    assert (opened.report.steps, opened.report.records, opened.report.raw_bytes) == (2, 6, 72)
+    assert writer.summary["num_steps"] == 2
+
+
+def test_eager_values_outside_a_step_belong_to_the_next() -> None:
+    """What runs before a forward call (an encoder in generate) counts to that call, what runs inside to it."""
+    writer = HeldWriter()
+    opened = session(writer)
+    value = torch.ones(2)
+    opened.record_eager(A, value)
+    value.zero_()
+    opened.begin_step({})
+    opened.record_eager(A, torch.ones(2))
+    opened.end_step()
+    opened.record_eager(B, torch.ones(2))
+    opened.close()
+    assert [(m.site_id, m.step, m.call) for m, _ in writer.rows] == [(0, 0, 0), (0, 0, 1), (1, 1, 0)]
+    assert np.frombuffer(writer.rows[0][1], np.float32).tolist() == [1, 1]
+    assert opened.report.eager_records == 3 and opened.report.steps == 1
+    assert writer.summary["num_steps"] == 2
+
+
+def test_a_full_buffer_drops_and_counts() -> None:
+    """on_full="drop": what finds no room is counted by site, and nothing waits."""
+    writer = HeldWriter(hold=True)
+    opened = session(writer, limit=2 * (100 + RECORD_OVERHEAD_BYTES), drop=True)
+    values = torch.ones(25), torch.ones(25)
+    for _ in range(3):
+        opened.begin_step({})
+        run_graph(opened, *values)
+        opened.end_step()
+    opened.close()
+    assert opened.report.dropped_by_site == {"a": 2, "b": 2}
+    assert opened.report.dropped_records == 4 and opened.report.records == 2
+    assert writer.summary["dropped_records"] == {"a": 2, "b": 2}
+
+
+def test_a_full_buffer_stalls_and_loses_nothing() -> None:
+    """on_full="stall": the forward call waits until the writer has let go."""
+    writer = HeldWriter(hold=True)
+    opened = session(writer, limit=2 * (100 + RECORD_OVERHEAD_BYTES))
+
+    def forward() -> None:
+        for _ in range(3):
+            opened.begin_step({})
+            run_graph(opened, torch.ones(25), torch.ones(25))
+            opened.end_step()
+
+    model = threading.Thread(target=forward)
+    model.start()
+    for _ in range(2):
+        assert writer.arrived.acquire(timeout=10)
+    assert len(writer.rows) == 2  # the second step waits for room
+    writer.let_go()
+    model.join(timeout=10)
+    opened.close()
+    assert not model.is_alive()
+    assert opened.report.records == 6 and opened.report.dropped_records == 0
+    assert opened.report.peak_buffer_bytes <= 2 * (100 + RECORD_OVERHEAD_BYTES)
+
+
+def test_a_step_larger_than_the_bound_is_refused() -> None:
+    """The error names both sizes, before anything is recorded."""
+    writer = HeldWriter()
+    opened = session(writer, limit=5000)
+    opened.begin_step({})
+    with pytest.raises(BufferTooSmallError, match=r"captures 8000 bytes.*max_memory_gb=5e-06.*5000 bytes"):
+        opened.reserve([A], 8000)
+    opened.close()
+    assert writer.rows == [] and opened.report.records == 0
+
+
+def test_a_failing_thread_reaches_the_caller() -> None:
+    """An exception in the drain thread is raised at the end, with its cause, and never blocks the model."""
+
+    class Failing(HeldWriter):
+        def put(self, meta: Any, data: np.ndarray, done: Callable[[], None] | None = None) -> None:
+            raise RuntimeError("no")
+
+    opened = session(Failing(), limit=3 * (100 + RECORD_OVERHEAD_BYTES))
+    for _ in range(5):
+        opened.begin_step({})
+        run_graph(opened, torch.ones(25))
+        opened.end_step()
+    with pytest.raises(CaptureFailedError) as raised:
+        opened.close()
+    assert isinstance(raised.value.__cause__, RuntimeError)
+
+
+def test_threads_have_steps_of_their_own() -> None:
+    """Forward calls from several threads never share a step, and every record has the step of its thread."""
+    writer = HeldWriter()
+    opened = session(writer)
+    start = threading.Barrier(4)
+
+    def forward(number: int) -> None:
+        start.wait()
+        for _ in range(20):
+            opened.begin_step({})
+            run_graph(opened, torch.full((2,), float(number)), torch.full((2,), float(number)))
+            opened.end_step()
+
+    threads = [threading.Thread(target=forward, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    opened.close()
+    by_step: dict[int, set[bytes]] = {}
+    for meta, data in writer.rows:
+        by_step.setdefault(meta.step, set()).add(data)
+    assert sorted(by_step) == list(range(80))
+    assert all(len(values) == 1 for values in by_step.values())
+    assert len(writer.rows) == 160
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.arange(6.0).view(2, 3).t(),
+        torch.tensor(3.0),
+        torch.zeros(0, 4),
+        torch.ones(3, dtype=torch.bfloat16),
+        torch.tensor([True, False]),
+        torch.ones(2, dtype=torch.complex64),
+        torch.ones(4, dtype=torch.float8_e4m3fn),
+    ],
+)
+def test_host_bytes_are_row_major(value: torch.Tensor) -> None:
+    """Strided, scalar, empty and unusual dtypes: the bytes of the contiguous tensor."""
+    data = host_bytes(value)
+    assert data.dtype == np.uint8 and data.ndim == 1 and len(data) == value.nbytes
+    if value.numel():
+        assert data.tobytes() == bytes(value.contiguous().view(-1).view(torch.uint8).tolist())

@@ -1,0 +1,294 @@
+"""The rewrite in the compiler's own counts: graphs, breaks, recompiles, caches, kernels, and what stands inside."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from hooks import eager_values
+from models import PLAIN, SHARED, Shape, make, tokens
+from torch import fx, nn
+from torch._dynamo.utils import counters
+
+from fx_instrument import (
+    HookConfig,
+    HookGranularity,
+    InstrumentationConfig,
+    InstrumentationFramework,
+    RewriteError,
+)
+from fx_instrument.graph.marker import step_begin, step_end, tap
+
+
+class Recording:
+    """An inner backend that keeps the graphs that it is given and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.graphs: list[fx.GraphModule] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.graphs.append(gm)
+        return gm.forward
+
+
+def targets(gm: fx.GraphModule) -> list[Any]:
+    return [node.target for node in gm.graph.nodes if node.op == "call_function"]
+
+
+def instrumented(model: nn.Module, config: InstrumentationConfig | None = None, **options: Any) -> InstrumentationFramework:
+    framework = InstrumentationFramework(config or InstrumentationConfig())
+    framework.instrument_model(model, **options)
+    return framework
+
+
+def test_capture_ops_stand_behind_their_values_and_no_mark_survives() -> None:
+    """The capturing graph has one detach and one clone a site and nothing else new; the idle one is the plain one."""
+    inner = Recording()
+    model, ids = make(PLAIN), tokens(2, 5)
+    framework = instrumented(model, backend=inner)
+    with torch.no_grad():
+        model(ids)
+        with framework.capture_activations(None):
+            model(ids)
+    plain = Recording()
+    with torch.no_grad():
+        torch._dynamo.reset()
+        torch.compile(make(PLAIN), backend=plain)(ids)
+    idle, capturing = inner.graphs
+    (uncaptured,) = plain.graphs
+    assert targets(idle) == targets(uncaptured)
+    without = [target for target in targets(capturing) if target not in (torch.detach, torch.clone)]
+    assert without == targets(uncaptured)
+    assert targets(capturing).count(torch.clone) == len(framework.sites) == 4
+    assert not {tap, step_begin, step_end} & set(targets(capturing))
+    (outputs,) = next(reversed(capturing.graph.nodes)).args
+    (plain_outputs,) = next(reversed(uncaptured.graph.nodes)).args
+    assert len(outputs) == len(plain_outputs) + 4
+    assert all(node.target is torch.clone for node in outputs[len(plain_outputs) :])
+
+
+def test_sampling_leaves_only_samples() -> None:
+    """With SAMPLED_SLICES the extra outputs are the sampled elements, chosen inside the graph."""
+    inner = Recording()
+    model, ids = make(PLAIN), tokens(2, 5)
+    config = InstrumentationConfig(HookGranularity.SAMPLED_SLICES, hook_config=HookConfig(sampling_rate=0.1))
+    framework = instrumented(model, config, backend=inner)
+    with torch.no_grad(), framework.capture_activations(None):
+        model(ids)
+    (outputs,) = next(reversed(inner.graphs[0].graph.nodes)).args
+    assert [tuple(node.meta["example_value"].shape) for node in outputs[1:]] == [(16,)] * 4
+
+
+@pytest.mark.parametrize("granularity", [HookGranularity.FULL_TENSOR, HookGranularity.SAMPLED_SLICES])
+@pytest.mark.parametrize("options", [{}, {"dynamic": True}, {"dynamic": False}])
+def test_as_many_graphs_as_without(options: dict[str, Any], granularity: HookGranularity) -> None:
+    """In each state as many graphs, breaks and recompiles as the plain model, over dynamic lengths and switches."""
+    inputs = [tokens(2, length) for length in (4, 4, 6, 7, 9)]
+
+    def graphs_of(run: Callable[[], None]) -> tuple[int, int]:
+        counters.clear()
+        run()
+        return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+    def call(model: nn.Module) -> None:
+        with torch.no_grad():
+            for ids in inputs:
+                model(ids)
+
+    plain = torch.compile(make(PLAIN), backend="aot_eager", **options)
+    without = graphs_of(lambda: call(plain))
+    torch._dynamo.reset()
+    model = make(PLAIN)
+    framework = instrumented(model, InstrumentationConfig(granularity), backend="aot_eager", **options)
+
+    def capture() -> None:
+        with framework.capture_activations(None):
+            call(model)
+
+    assert graphs_of(capture) == without
+    # The lengths are known to vary now, so the idle variant may need fewer graphs, never more.
+    assert graphs_of(lambda: call(model)) <= without
+    assert graphs_of(capture) == (0, 0)
+    assert graphs_of(lambda: call(model)) == (0, 0)
+
+
+def test_caches_hit() -> None:
+    """FX-graph and AOTAutograd caches take both variants and give them back, without mixing them up."""
+    model, ids = make(PLAIN), tokens(2, 5)
+    reference = copy.deepcopy(model)
+
+    def both() -> dict[str, int]:
+        torch._dynamo.reset()
+        counters.clear()
+        fresh = copy.deepcopy(reference)
+        framework = instrumented(fresh)
+        with torch.no_grad():
+            fresh(ids)
+            with framework.capture_activations(None) as capture:
+                fresh(ids)
+        assert capture.report.records == 4
+        return dict(counters["aot_autograd"])
+
+    with torch._inductor.utils.fresh_cache():
+        first = both()
+        second = both()
+    assert first.get("autograd_cache_miss") == 2 and not first.get("autograd_cache_bypass")
+    assert second.get("autograd_cache_hit") == 2 and not second.get("autograd_cache_miss")
+    del model
+
+
+def test_kernels_do_not_rise() -> None:
+    """Capturing attention and MLP outputs adds no kernel to what Inductor generates: the clones are elided."""
+    from torch._inductor.utils import run_and_get_code
+
+    model, ids = make(PLAIN), tokens(2, 8)
+    framework = instrumented(model)
+
+    def kernels() -> int:
+        with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+            _, code = run_and_get_code(model, ids)
+        return sum(len(re.findall(r"^\s*cpp_fused\w*\(", text, re.M)) for text in code)
+
+    idle = kernels()
+    with framework.capture_activations(None):
+        capturing = kernels()
+    assert 0 < capturing <= idle
+
+
+def test_fullgraph_and_modes_pass_through() -> None:
+    """torch.compile's options reach it, and wrong ones are refused by name."""
+    model, ids = make(PLAIN), tokens(2, 5)
+    framework = instrumented(model, backend="inductor", fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad(), framework.capture_activations(None) as capture:
+        model(ids)
+    assert capture.report.records == 4
+    with pytest.raises(TypeError, match="fullgraf"):
+        InstrumentationFramework().instrument_model(make(PLAIN), fullgraf=True)
+    with pytest.raises(ValueError, match="exclude each other"):
+        InstrumentationFramework().instrument_model(make(PLAIN), mode="default", options={"max_autotune": False})
+
+
+class Broken(nn.Module):
+    """An attention with a graph break in its middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        x = self.q(x)
+        torch._dynamo.graph_break()
+        return self.o(x), None
+
+
+class Disabled(nn.Module):
+    """An attention that Dynamo leaves alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    @torch.compiler.disable
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.o(self.q(x)), None
+
+
+@pytest.mark.parametrize("kind", [Broken, Disabled])
+def test_graph_breaks_inside_a_site(kind: type[nn.Module], tmp_path: Any) -> None:
+    """With a break inside attention, graphs that Dynamo shares between layers still name each layer rightly."""
+    from fx_instrument import open_stream
+
+    model = make(Shape(depth=3))
+    for layer in model.layers:
+        layer.self_attn = kind()
+    reference = copy.deepcopy(model)
+    framework = instrumented(model, backend="aot_eager")
+    inputs = [tokens(2, length) for length in (4, 6)]
+    with torch.no_grad():
+        with framework.capture_activations(tmp_path / "o.stream"):
+            for ids in inputs:
+                model(ids)
+        names = [site.name for site in framework.sites]
+        expected = eager_values(reference, names, lambda m: [m(ids) for ids in inputs])
+    with open_stream(tmp_path / "o.stream") as stream:
+        assert len(stream) == len(expected) == 12
+        for key, value in expected.items():
+            assert torch.equal(stream.read(*key), value), key
+
+
+@pytest.mark.parametrize("route", ["torch.compile", "module.compile", "regional"])
+def test_the_user_compiles(route: str, tmp_path: Any) -> None:
+    """backend=None plants markers and counts steps; whichever way the user compiles then, names and steps are right."""
+    from fx_instrument import open_stream
+
+    model = make(Shape(depth=12))
+    reference = copy.deepcopy(model)
+    framework = instrumented(model, backend=None)
+    backend = framework.backend("aot_eager")
+    call: Callable[[torch.Tensor], Any] = model
+    if route == "torch.compile":
+        call = torch.compile(model, backend=backend)
+    elif route == "module.compile":
+        model.compile(backend=backend)
+    else:
+        for layer in model.layers:
+            layer.compile(backend=backend)
+    inputs = [tokens(2, 5, seed=seed) for seed in range(3)]
+    with torch.no_grad():
+        with framework.capture_activations(tmp_path / "o.stream") as capture:
+            for ids in inputs:
+                call(ids)
+        names = [site.name for site in framework.sites]
+        expected = eager_values(reference, names, lambda m: [m(ids) for ids in inputs])
+    assert counters["stats"]["unique_graphs"] == 1
+    assert capture.report.steps == 3 and capture.report.eager_records == 0
+    with open_stream(tmp_path / "o.stream") as stream:
+        assert len(stream) == len(expected) == 72
+        assert all(torch.equal(stream.read(*key), value) for key, value in expected.items())
+        assert all(torch.equal(stream.inputs(step)["input_ids"], ids) for step, ids in enumerate(inputs))
+
+
+def test_another_backend_is_refused() -> None:
+    """A model that is traced for a backend that does not know the marks is an error, never a silent loss."""
+    model, ids = make(PLAIN), tokens(2, 5)
+    framework = instrumented(model, backend=None)
+    foreign = torch.compile(model, backend="aot_eager")
+    with torch.no_grad(), framework.capture_activations(None), pytest.raises(Exception, match="other than the framework's"):
+        foreign(ids)
+
+
+def test_marks_in_nested_graphs_are_refused() -> None:
+    """A site inside a checkpointed region is refused with the reason."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = make(SHARED).layers[0]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return checkpoint(self.inside, x, use_reentrant=False)
+
+    model = Checkpointed().train()
+    framework = instrumented(model, backend="aot_eager")
+    with framework.capture_activations(None), pytest.raises(RewriteError, match="nested graph"):
+        model(torch.randn(1, 3, 16))
+
+
+def test_a_module_called_twice_is_told_apart(tmp_path: Any) -> None:
+    """The calls of a shared module within a step are numbered in order."""
+    from fx_instrument import open_stream
+
+    model = make(Shape(depth=3, shared_mlp=True))
+    framework = instrumented(model, backend="aot_eager")
+    with torch.no_grad(), framework.capture_activations(tmp_path / "o.stream"):
+        model(tokens(1, 4))
+        model(tokens(1, 4))
+    with open_stream(tmp_path / "o.stream") as stream:
+        mlp = next(site.name for site in stream.sites if site.role == "mlp")
+        assert [(record.step, record.call) for record in stream[mlp]] == [(s, c) for s in range(2) for c in range(3)]
