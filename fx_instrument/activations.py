@@ -82,16 +82,20 @@ class Record:
         Raises:
             CorruptStreamError: the stored bytes contradict their checksum or the shape.
         """
-        data = self._data if self._data is not None else self._stream._reader.read(self._ref)
+        # Bytes that came with an iteration are handed out once: a second tensor must not share them.
+        data, self._data = self._data, None
+        if data is None:
+            data = self._stream._reader.read(self._ref)
         if data.nbytes != self.num_bytes:
             raise CorruptStreamError(
                 f"{self._stream.path}: {self!r} holds {data.nbytes} bytes, its shape and dtype need {self.num_bytes}"
             )
         if data.nbytes == 0:
             return torch.empty(self.shape, dtype=self.dtype)
-        # A fresh copy: the reader's bytes may be the file's read-only map or a page that other records share, and
-        # torch has no read-only tensors, so writing into a view would crash or change other records.
-        return torch.from_numpy(np.array(data)).view(self.dtype).reshape(self.shape)
+        # Read-only bytes are the file's map or a page that other records share. torch has no read-only tensors:
+        # writing into a view of them would crash, or change other records.
+        owned = data if data.flags.writeable else np.array(data)
+        return torch.from_numpy(owned).view(self.dtype).reshape(self.shape)
 
     def numpy(self) -> npt.NDArray[Any]:
         """The values as NumPy has them: bfloat16 and float8, which it lacks, widened to float32 (exactly)."""

@@ -22,7 +22,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int
 
 def values(*shape, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator) * 3).to(dtype)
+    return (torch.randn(shape, generator=generator) * 3).to(dtype)
 
 
 @pytest.fixture
