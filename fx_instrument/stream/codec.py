@@ -21,17 +21,11 @@ import zstandard
 
 from fx_instrument.errors import CorruptStreamError, UnsupportedStreamError
 from fx_instrument.stream import filters
-from fx_instrument.stream.records import (
-    CODEC_CODES,
-    COMPRESSED,
-    MAX_PLANES,
-    STORED,
-    BlockHeader,
-    Bytes,
-)
+from fx_instrument.stream.blocks import COMPRESSED, MAX_PLANES, STORED, BlockHeader
+from fx_instrument.stream.frames import CODEC_CODES, Bytes
 
 U8 = npt.NDArray[np.uint8]
-Piece: TypeAlias = "bytes | memoryview | U8"
+Piece: TypeAlias = "bytes | U8"
 
 EMPTY_ZSTD_FRAME = bytes.fromhex("28b52ffd2000010000")
 LZ4_FRAME_HEAD = bytes.fromhex("04224d18607073")
@@ -137,9 +131,9 @@ class PageEncoder:
             if self.codec == "lz4":
                 data = lz4.block.compress(plane, store_size=False) if len(plane) else b""
             elif position == 0 and len(planes) > 1:
-                data = self._huffman.compress(plane)
+                data = self._huffman.compress(plane.data)
             else:
-                data = self._zstd1.compress(plane)
+                data = self._zstd1.compress(plane.data)
             packed.append(data if len(data) < len(plane) - (len(plane) >> 6) else None)
         frame = self._frame_lz4 if self.codec == "lz4" else self._frame_zstd
         return frame(filter_code, packed, [[plane] for plane in planes])
@@ -179,7 +173,7 @@ def _encoded(
 ) -> EncodedPage:
     crc = total = 0
     for piece in pieces:
-        crc = zlib.crc32(piece, crc)
+        crc = zlib.crc32(piece if isinstance(piece, bytes) else piece.data, crc)
         total += _piece_bytes(piece)
     padding = (0,) * (MAX_PLANES - len(sizes))
     encodings = tuple(STORED if data is None else COMPRESSED for data in packed)

@@ -9,7 +9,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fx_instrument.stream.records import ROW_DTYPE, RecordMeta, Shape, write_directory
+from fx_instrument.stream.blocks import ROW_DTYPE, Shape, write_directory
+from fx_instrument.stream.records import RecordMeta
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 Row: TypeAlias = "tuple[RecordMeta, U8, Callable[[], None] | None, int]"

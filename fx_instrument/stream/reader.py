@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
@@ -17,13 +18,8 @@ import numpy.typing as npt
 from fx_instrument.errors import CorruptStreamError, StreamError, TruncatedStreamError
 from fx_instrument.stream.codec import decode_page
 from fx_instrument.stream.records import Damage, SiteEntry, record_bytes
-from fx_instrument.stream.segments import (
-    Block,
-    Segment,
-    load_block,
-    open_segments,
-    recover_segments,
-)
+from fx_instrument.stream.recovery import recover_segments
+from fx_instrument.stream.segments import Block, load_block, open_segments
 
 U8 = npt.NDArray[np.uint8]
 _V = TypeVar("_V")
@@ -130,14 +126,14 @@ class StreamReader:
 
     With ``recover=True`` the whole file is walked and every checksum verified at once (about 0.3 s a GB);
     ``damage`` says what was skipped, and what is left reads without errors. Otherwise ``read`` and ``scan`` verify
-    what they touch and raise CorruptStreamError.
+    what they touch and raise CorruptStreamError, and ``damage`` holds what was lost before the file was resumed.
     """
 
     def __init__(self, path: os.PathLike[str] | str, *, recover: bool = False) -> None:
         self.path = os.fspath(path)
         self.recovered = recover
         self.damage: list[Damage] = []
-        with open(self.path, "rb") as file:
+        with Path(self.path).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if not size:
                 raise TruncatedStreamError(f"{self.path} is empty: not even a prolog was written")
@@ -149,6 +145,7 @@ class StreamReader:
                 self.segments, self.damage = recovery.segments, recovery.damage
             else:
                 self.segments = open_segments(self._data)
+                self.damage = [lost for segment in self.segments for lost in segment.damage]
         except StreamError as error:
             self.close()
             raise type(error)(f"{self.path}: {error}") from None

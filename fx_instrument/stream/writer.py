@@ -11,27 +11,17 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fx_instrument.errors import CaptureFailedError
+from fx_instrument.stream.blocks import MAX_PAGE_BYTES, MAX_ROWS, BlockHeader
 from fx_instrument.stream.codec import EncodedPage, PageEncoder, empty_frame, encode_directory
+from fx_instrument.stream.frames import ALIGNMENT, CODEC_CODES, SEGMENT_ID_BYTES, Prolog, write_sites
+from fx_instrument.stream.index import IndexRow, write_index
 from fx_instrument.stream.pages import U8, Countdown, Page, Row
-from fx_instrument.stream.records import (
-    ALIGNMENT,
-    CODEC_CODES,
-    DTYPES,
-    MAX_PAGE_BYTES,
-    MAX_ROWS,
-    SEGMENT_ID_BYTES,
-    BlockHeader,
-    IndexRow,
-    Prolog,
-    RecordMeta,
-    SiteEntry,
-    record_bytes,
-    write_index,
-    write_sites,
-)
+from fx_instrument.stream.records import DTYPES, RecordMeta, SiteEntry, record_bytes
+from fx_instrument.stream.resume import Resumed, resume_file
 
 DEFAULT_MEMORY_BYTES = 64 << 20
 MIN_PAGE_BYTES = 16 << 10
@@ -97,18 +87,43 @@ class StreamWriter:
         self._turn_changed = threading.Condition()
         self._abandoned = False
         self._closed = False
-        self._fd = _open_file(path, mode)
-        try:
-            self._write([empty_frame(codec), self._prolog.write()])
-        except BaseException:
-            self._close_file()
-            raise
+        self._segment_offset = 0
+        self._resumed: Resumed | None = None
+        self._fd: int | None = None
+        if mode == "a" and path is not None:
+            self._resume(path)
+        if self._resumed is None:
+            self._fd = _open_file(path, mode)
+            try:
+                self._write([empty_frame(codec), self._prolog.write()])
+            except BaseException:
+                self._close_file()
+                raise
         self._workers = [
             threading.Thread(target=self._work, name=f"fx-stream-{number}", daemon=True)
             for number in range(num_workers)
         ]
         for worker in self._workers:
             worker.start()
+
+    def _resume(self, path: os.PathLike[str] | str) -> None:
+        """Go on where the last segment of an existing file has its last good block; nothing if there is no file."""
+        resumed = resume_file(path, self.codec)
+        if resumed is None:
+            return
+        self._resumed, self._fd, segment = resumed, resumed.fd, resumed.segment
+        self._prolog, self._segment_id = segment.prolog, segment.segment_id
+        self._segment_offset = segment.offset
+        self.stored_bytes = resumed.end
+        self.first_step = segment.num_steps
+        self._max_step = segment.num_steps - 1
+        self.num_records, self.raw_bytes = segment.num_records, segment.raw_bytes
+        self._sites = list(resumed.sites)
+        self._site_ids = {(site.name, site.role): site.id for site in self._sites}
+        self._inputs = set(segment.inputs)
+        self._sites_written = resumed.sites_written
+        self._blocks = list(resumed.blocks)
+        self._sequence = self._turn = resumed.next_sequence
 
     # -- the drain thread's side ---------------------------------------------------------------------------
 
@@ -304,7 +319,7 @@ class StreamWriter:
         if page.num_sites > self._sites_written:
             self._write([write_sites(self._sites[self._sites_written : page.num_sites], self._segment_id)])
             self._sites_written = page.num_sites
-        offset = self.stored_bytes
+        offset = self.stored_bytes - self._segment_offset
         head = header.write(directory, offset)
         self._write([head, *encoded.pieces])
         sites = {row[0].site_id for row in page.rows}
@@ -329,8 +344,9 @@ class StreamWriter:
 
     def _write_end(self, summary: Mapping[str, Any]) -> None:
         num_steps = summary.get("num_steps", 0)
+        resumed = self._resumed
         index = write_index(
-            self.stored_bytes,
+            self.stored_bytes - self._segment_offset,
             self._blocks,
             self._sites,
             segment_id=self._segment_id,
@@ -338,6 +354,9 @@ class StreamWriter:
             num_records=self.num_records,
             raw_bytes=self.raw_bytes,
             summary=summary,
+            earlier_summaries=resumed.earlier_summaries if resumed else (),
+            damage=resumed.damage if resumed else (),
+            incomplete=resumed.segment.incomplete if resumed else (),
         )
         self._write([index])
         if self._fd is not None:
@@ -399,9 +418,9 @@ def _open_file(path: os.PathLike[str] | str | None, mode: str) -> int | None:
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode) or not status.st_size:
         return fd
-    real = os.path.realpath(path)
+    real = Path(path).resolve()
     try:
-        os.unlink(real)
+        real.unlink()
     except OSError:
         # The folder may not be ours to change: then the old file's memory is the new one's.
         os.ftruncate(fd, 0)

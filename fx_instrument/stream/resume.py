@@ -1,0 +1,135 @@
+"""Going on with an existing file: recover it, cut it after its last good block, void what is damaged before."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fx_instrument.errors import CorruptStreamError, StreamError, TruncatedStreamError
+from fx_instrument.stream.frames import FRAME_HEAD, write_void_head
+from fx_instrument.stream.index import IndexRow
+from fx_instrument.stream.records import Damage, SiteEntry
+from fx_instrument.stream.recovery import Recovery, recover_segments
+from fx_instrument.stream.segments import Block, Segment
+
+_MAX_VOID_BYTES = 1 << 31
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """An open file that ends after its last good block, and what its index will have to say."""
+
+    fd: int
+    end: int
+    segment: Segment
+    sites: list[SiteEntry]
+    """With ids 0, 1, 2, ...: ids that were lost are named so."""
+    sites_written: int
+    blocks: list[IndexRow]
+    next_sequence: int
+    earlier_summaries: list[dict[str, Any]]
+    damage: list[Damage]
+    """Offsets within the segment."""
+
+
+def resume_file(path: os.PathLike[str] | str, codec: str) -> Resumed | None:
+    """The file at ``path`` made ready to go on with; None if there is none, or nothing was captured into it.
+
+    Damaged bytes between good blocks become a frame that readers skip, so that the file is whole again.
+
+    Raises:
+        ValueError: the file has another codec.
+        NotAStreamError: the file is no stream; it is left as it is.
+        CorruptStreamError: a prolog is lost, or an earlier segment has no index: only recover=True reads it.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+    except FileNotFoundError:
+        return None
+    try:
+        resumed = _resume(fd, codec)
+    except StreamError as error:
+        os.close(fd)
+        raise type(error)(f"{os.fspath(path)}: {error}") from None
+    except BaseException:
+        os.close(fd)
+        raise
+    if resumed is None:
+        os.close(fd)
+    return resumed
+
+
+def _resume(fd: int, codec: str) -> Resumed | None:
+    size = os.fstat(fd).st_size
+    if not size:
+        return None
+    try:
+        recovery = recover_segments(
+            memoryview(mmap.mmap(fd, size, access=mmap.ACCESS_READ)), keep_blocks=True
+        )
+    except TruncatedStreamError:
+        return None
+    segment = recovery.segments[-1]
+    if segment.prolog.codec != codec:
+        raise ValueError(
+            f"codec must be {segment.prolog.codec!r}, that of the file to go on with, got {codec!r}"
+        )
+    if any(not part.whole for part in recovery.segments[:-1]):
+        raise CorruptStreamError("an earlier segment has no index; only recover=True reads this file")
+    if any(not part.has_prolog for part in recovery.segments) or recovery.segments[0].offset:
+        raise CorruptStreamError("a prolog is damaged; only recover=True reads this file")
+    damage = [lost for lost in recovery.damage if segment.offset <= lost.offset < recovery.end]
+    if any(lost.num_bytes < FRAME_HEAD.size for lost in damage):
+        raise CorruptStreamError("damage is too small to be skipped; only recover=True reads this file")
+    for lost in damage:
+        _void(fd, lost)
+    os.ftruncate(fd, recovery.end)
+    os.lseek(fd, recovery.end, os.SEEK_SET)
+    return _resumed(fd, recovery, segment, damage)
+
+
+def _void(fd: int, lost: Damage) -> None:
+    start, end = lost.offset, lost.offset + lost.num_bytes
+    while start < end:
+        num_bytes = end - start
+        if num_bytes > _MAX_VOID_BYTES:
+            num_bytes = _MAX_VOID_BYTES // 2
+        os.pwrite(fd, write_void_head(num_bytes), start)
+        start += num_bytes
+
+
+def _resumed(fd: int, recovery: Recovery, segment: Segment, damage: list[Damage]) -> Resumed:
+    known = {site.id: site for site in segment.sites}
+    count = max(known, default=-1) + 1
+    if count > len(known) + (1 << 16):
+        raise CorruptStreamError(f"the site ids of the file reach {count}")
+    sites = [known.get(number) or SiteEntry(number, f"unknown-{number}", "other") for number in range(count)]
+    return Resumed(
+        fd=fd,
+        end=recovery.end,
+        segment=segment,
+        sites=sites,
+        # The index may have been the only one to name some of them.
+        sites_written=0,
+        blocks=[_index_row(block, segment) for block in recovery.blocks],
+        next_sequence=max((block.header.sequence for block in recovery.blocks), default=-1) + 1,
+        earlier_summaries=segment.earlier_summaries + ([segment.summary] if segment.summary else []),
+        damage=[Damage(lost.offset - segment.offset, lost.num_bytes, lost.reason) for lost in damage],
+    )
+
+
+def _index_row(block: Block, segment: Segment) -> IndexRow:
+    header = block.header
+    return IndexRow(
+        block.offset - segment.offset,
+        header.min_step,
+        header.max_step,
+        block.end - block.offset,
+        header.num_rows,
+        header.raw_bytes,
+        frozenset(map(int, np.unique(block.directory.rows["site"]))),
+    )
