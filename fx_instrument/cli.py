@@ -29,6 +29,7 @@ from .errors import (
     UnsupportedStreamError,
 )
 from .export import FORMATS, export_stream
+from .recovery import recover_stream
 from .site_table import site_table
 from .version import __version__
 
@@ -114,7 +115,7 @@ def info(file: Path, as_json: bool, recover: bool) -> None:
     if as_json:
         _print_json({**found, "sites": sites, "inputs": inputs})
         return
-    console = Console(soft_wrap=True)
+    console = _console()
     table = Table.grid(padding=(0, 2))
     model, config = found["model"] or {}, found["config"] or {}
     hooks = config.get("hook_config") or {}
@@ -165,7 +166,8 @@ def stats(file: Path, as_json: bool, recover: bool, globs: Sequence[str]) -> Non
     if as_json:
         _print_json(found)
         return
-    Console(soft_wrap=True).print(site_table(found["sites"]))
+    console = _console()
+    console.print(site_table(found["sites"], console.width))
 
 
 @cli.command()
@@ -189,7 +191,7 @@ def verify(file: Path, as_json: bool) -> int:
             {"file": str(file), "ok": not problems, "readable_records": records, "problems": problems}
         )
     else:
-        console = Console(soft_wrap=True)
+        console = _console()
         for problem in problems:
             console.print(f"[red]damaged:[/] {escape(problem['reason'])}")
         console.print(
@@ -210,16 +212,16 @@ def verify(file: Path, as_json: bool) -> int:
 )
 @json_option
 def recover(file: Path, output: Path | None, as_json: bool) -> None:
-    """Give FILE an index again after its writer was killed, so that it opens as any other.
+    """Make FILE whole again after its writer was killed or bytes were damaged, so that it opens as any other.
 
-    What is not whole at the end is cut off; damaged blocks in the middle stay, are passed over by readers, and are
-    listed.
+    Every record that can be read is written anew, and the result takes FILE's place; what was lost is listed.
     """
-    found = recover_stream(file, output)
+    with _progress("recovering", quiet=as_json) as progress:
+        found = recover_stream(file, output, progress=progress)
     if as_json:
         _print_json(found)
         return
-    console = Console(soft_wrap=True)
+    console = _console()
     for problem in found["damage"]:
         console.print(
             f"[yellow]lost:[/] {problem['num_bytes']} bytes at {problem['offset']}: {escape(problem['reason'])}"
@@ -296,7 +298,7 @@ def head(file: Path, records: int, values: int, globs: Sequence[str], recover: b
             f"{value:.4g}" if isinstance(value, float) else str(value) for value in row["values"]
         )
         table.add_row(str(row["step"]), str(row["call"]), escape(row["site"]), row["dtype"], shape, numbers)
-    Console(soft_wrap=True).print(table)
+    _console().print(table)
 
 
 @cli.command()
@@ -349,7 +351,7 @@ def demo(
         backend=backend,
         dtype=getattr(torch, dtype),
     )
-    run_demo(options, Console(soft_wrap=True))
+    run_demo(options, _console())
 
 
 def _choose(names: Sequence[str], globs: Sequence[str]) -> list[str]:
@@ -404,6 +406,12 @@ def _progress(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]
             bar.update(task, completed=done, total=total)
 
         yield show
+
+
+def _console() -> Console:
+    """Standard output; what goes to a file or a pipe is not squeezed into 80 columns."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160, soft_wrap=True)
 
 
 def _print_json(value: Any) -> None:

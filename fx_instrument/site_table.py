@@ -9,39 +9,39 @@ from rich.markup import escape
 from rich.table import Table
 
 
-def site_table(sites: Mapping[str, Mapping[str, Any]]) -> Table:
-    """The ``sites`` of ``analyze_activations`` as a table for a terminal."""
+# Wide enough for every column with site names such as model.layers.10.self_attn.
+WIDE = 118
+_WIDE_COLUMNS = {
+    "tokens": "tokens",
+    "mean": "mean",
+    "std": "std",
+    "min": "min",
+    "max": "max",
+    "mean norm": "mean_token_norm",
+    "max norm": "max_token_norm",
+    "zeros": "zero_fraction",
+    "kurtosis": "excess_kurtosis",
+}
+_NARROW_COLUMNS = ("std", "mean norm", "max norm", "kurtosis")
+
+
+def site_table(sites: Mapping[str, Mapping[str, Any]], width: int) -> Table:
+    """The ``sites`` of ``analyze_activations`` as a table for a terminal of ``width`` columns."""
+    columns = [name for name in _WIDE_COLUMNS if width >= WIDE or name in _NARROW_COLUMNS]
     table = Table(header_style="bold", box=None, pad_edge=False)
-    for name in (
-        "site",
-        "role",
-        "tokens",
-        "mean",
-        "std",
-        "min",
-        "max",
-        "mean norm",
-        "max norm",
-        "zeros",
-        "kurtosis",
-    ):
-        table.add_column(name, justify="left" if name in ("site", "role") else "right", no_wrap=True)
+    table.add_column("site", overflow="fold")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("top channels", no_wrap=True)
-    for name, found in sites.items():
-        table.add_row(
-            escape(name),
-            found["role"],
-            str(found["tokens"]),
-            *(
-                _number(found[key])
-                for key in ("mean", "std", "min", "max", "mean_token_norm", "max_token_norm")
-            ),
-            "-" if found["zero_fraction"] is None else f"{found['zero_fraction']:.1%}",
-            _number(found["excess_kurtosis"]),
-            " ".join(str(channel) for channel, _ in found["top_channels"][:3]),
-        )
+    for site, found in sites.items():
+        numbers = [_number(found[_WIDE_COLUMNS[name]]) for name in columns]
+        nonfinite = f" ({found['nonfinite']} nonfinite)" if found["nonfinite"] else ""
+        channels = " ".join(str(channel) for channel, _ in found["top_channels"][:3])
+        table.add_row(escape(site) + nonfinite, *numbers, channels)
     return table
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"

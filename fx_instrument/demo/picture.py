@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -78,6 +79,7 @@ def draw(maps: Sequence[NormMap], tokens: Sequence[str], num_prompt: int, title:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter
     except ModuleNotFoundError as missing:
         raise MissingPackageError(
             "the picture needs matplotlib: pip install 'fx_instrument[demo]'"
@@ -114,6 +116,10 @@ def draw(maps: Sequence[NormMap], tokens: Sequence[str], num_prompt: int, title:
         bar = figure.colorbar(image, ax=heat, pad=0.008, fraction=0.02, extend="both")
         bar.ax.tick_params(labelsize=8)
         _draw_profile(profile, found, num_prompt)
+        profile.xaxis.set_major_locator(LogLocator(numticks=4))
+        profile.xaxis.set_minor_formatter(NullFormatter())
+    for text, place, side in (("prompt", num_prompt - 0.9, "right"), ("generated", num_prompt - 0.1, "left")):
+        axes[0][0].text(place, num_layers - 0.2, text, ha=side, va="bottom", fontsize=9, color="#0072b2")
     bottom = axes[-1][0]
     bottom.set_xticks(range(len(tokens)), [_visible(token) for token in tokens], rotation=90, fontsize=7.5)
     bottom.tick_params(axis="x", length=2, pad=2)
@@ -127,19 +133,17 @@ def draw(maps: Sequence[NormMap], tokens: Sequence[str], num_prompt: int, title:
     figure.savefig(file, dpi=130)
 
 
-def _draw_profile(axis: object, found: NormMap, num_prompt: int) -> None:
+def _draw_profile(axis: Any, found: NormMap, num_prompt: int) -> None:
     """Median norm of each layer over the prompt's and over the generated tokens."""
     layers = np.arange(len(found.sites))
-    parts = (
-        ("prompt", found.norms[:, 1:num_prompt], "#444444"),
-        ("generated", found.norms[:, num_prompt:], "#0072b2"),
-    )
-    for label, norms, colour in parts:
-        if norms.shape[1] and np.isfinite(norms).any(axis=1).all():
-            axis.plot(np.nanmedian(norms, axis=1), layers, color=colour, linewidth=1.3, label=label)  # type: ignore[attr-defined]
-    axis.set_xscale("log")  # type: ignore[attr-defined]
-    axis.tick_params(labelsize=7.5, labelleft=False)  # type: ignore[attr-defined]
-    axis.grid(True, linewidth=0.3)  # type: ignore[attr-defined]
+    # The first token draws norms of its own (an attention sink), which are no example of the prompt's.
+    prompt, generated = found.norms[:, 1:num_prompt], found.norms[:, num_prompt:]
+    for label, norms, colour in (("prompt", prompt, "#444444"), ("generated", generated, "#0072b2")):
+        if np.isfinite(norms).any(axis=1).all():
+            axis.plot(np.nanmedian(norms, axis=1), layers, color=colour, linewidth=1.3, label=label)
+    axis.set_xscale("log")
+    axis.tick_params(labelsize=7.5, labelleft=False)
+    axis.grid(True, linewidth=0.3)
 
 
 def _visible(token: str) -> str:

