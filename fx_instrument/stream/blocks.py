@@ -39,6 +39,8 @@ class BlockHeader:
     4 planes 4 u32 · encodings of 4 planes 4 u8 · 4 zero bytes · directory · zeros``.
     """
 
+    plane_bytes: tuple[int, ...]
+    plane_encodings: tuple[int, ...]
     codec: int
     dtype: int
     filter: int
@@ -55,11 +57,12 @@ class BlockHeader:
     raw_bytes: int
     payload_bytes: int
     payload_crc: int
-    plane_bytes: tuple[int, ...]
-    plane_encodings: tuple[int, ...]
 
-    def write(self, directory: bytes, offset: int) -> bytes:
-        """The header frame for a block that begins ``offset`` bytes into its segment."""
+    def write(self, directory: bytes, offset: int, lead_bytes: int) -> bytes:
+        """The header frame for a block that begins ``offset`` bytes into its segment.
+
+        Padded so that the payload's values, ``lead_bytes`` into it, are aligned.
+        """
         fixed = _BLOCK.pack(
             self.codec,
             self.dtype,
@@ -81,7 +84,7 @@ class BlockHeader:
             *self.plane_encodings,
             0,
         )
-        padding = -(offset + BLOCK_FIXED_BYTES + len(directory)) % ALIGNMENT
+        padding = -(offset + BLOCK_FIXED_BYTES + len(directory) + lead_bytes) % ALIGNMENT
         return write_frame(BLOCK, fixed + directory + bytes(padding))
 
     @classmethod
@@ -90,7 +93,7 @@ class BlockHeader:
         if len(body) < _BLOCK.size:
             raise CorruptStreamError(f"the block header has {len(body)} bytes, fewer than {_BLOCK.size}")
         values = _BLOCK.unpack_from(body)
-        header = cls(*values[:16], plane_bytes=values[16:20], plane_encodings=values[20:24])
+        header = cls(values[16:20], values[20:24], *values[:16])
         limits = (
             ("rows", header.num_rows, MAX_ROWS),
             ("shapes", header.num_shapes, header.num_rows),

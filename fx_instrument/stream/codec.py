@@ -31,6 +31,8 @@ EMPTY_ZSTD_FRAME = bytes.fromhex("28b52ffd2000010000")
 LZ4_FRAME_HEAD = bytes.fromhex("04224d18607073")
 """Version 1, independent blocks of at most 4 MiB, no checksums, no content size."""
 LZ4_END = bytes(4)
+LEAD_BYTES = len(LZ4_FRAME_HEAD) + 4
+"""What stands before the values of a page that is stored in one piece."""
 EMPTY_LZ4_FRAME = LZ4_FRAME_HEAD + LZ4_END
 _LZ4_STORED = 1 << 31
 _ZSTD_RAW_HEAD = struct.Struct("<4sBI")

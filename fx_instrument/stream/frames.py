@@ -23,7 +23,7 @@ from fx_instrument.stream.records import SiteEntry
 
 VERSION = (1, 0)
 ALIGNMENT = 64
-"""Payloads, and segments, start at multiples of this, so that mapped values are aligned."""
+"""Values of uncompressed payloads, and segments, start at multiples of this, so that mapped values are aligned."""
 
 Bytes: TypeAlias = "bytes | bytearray | memoryview"
 

@@ -122,7 +122,9 @@ def write_index(
 ) -> bytes:
     """The index frame for a segment whose blocks end at ``offset``."""
     rows, bitmaps = index_tables(blocks, max((site.id for site in sites), default=-1) + 1)
-    joined = np.concatenate([rows.view(np.uint8).reshape(len(rows), -1), bitmaps], axis=1).tobytes()
+    joined = np.concatenate(
+        [rows.view(np.uint8).reshape(len(rows), INDEX_DTYPE.itemsize), bitmaps], axis=1
+    ).tobytes()
     text = dump_json(
         {
             "sites": [site_to_json(site) for site in sites],

@@ -16,7 +16,7 @@ from typing import Any
 
 from fx_instrument.errors import CaptureFailedError
 from fx_instrument.stream.blocks import MAX_PAGE_BYTES, MAX_ROWS, BlockHeader
-from fx_instrument.stream.codec import EncodedPage, PageEncoder, empty_frame, encode_directory
+from fx_instrument.stream.codec import LEAD_BYTES, EncodedPage, PageEncoder, empty_frame, encode_directory
 from fx_instrument.stream.frames import ALIGNMENT, CODEC_CODES, SEGMENT_ID_BYTES, Prolog, write_sites
 from fx_instrument.stream.index import IndexRow, write_index
 from fx_instrument.stream.pages import U8, Countdown, Page, Row
@@ -320,7 +320,7 @@ class StreamWriter:
             self._write([write_sites(self._sites[self._sites_written : page.num_sites], self._segment_id)])
             self._sites_written = page.num_sites
         offset = self.stored_bytes - self._segment_offset
-        head = header.write(directory, offset)
+        head = header.write(directory, offset, LEAD_BYTES)
         self._write([head, *encoded.pieces])
         sites = {row[0].site_id for row in page.rows}
         self._blocks.append(
