@@ -8,7 +8,6 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-
 # Wide enough for every column with site names such as model.layers.10.self_attn.
 WIDE = 118
 _WIDE_COLUMNS = {

@@ -29,7 +29,10 @@ def values(*shape, dtype=torch.float32, seed=0):
 def steps():
     """A prefill of 5 tokens and two decode steps, batch 2, hidden 8."""
     return [
-        {ATTN: values(2, tokens, 8, seed=2 * n), MLP: values(2, tokens, 8, dtype=torch.bfloat16, seed=2 * n + 1)}
+        {
+            ATTN: values(2, tokens, 8, seed=2 * n),
+            MLP: values(2, tokens, 8, dtype=torch.bfloat16, seed=2 * n + 1),
+        }
         for n, tokens in enumerate((5, 1, 1))
     ]
 

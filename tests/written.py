@@ -56,7 +56,12 @@ def write_stream(
 
 
 def _put(
-    writer: StreamWriter, site_id: int, step: int, call: int, tensor: torch.Tensor, sampling: HookConfig | None
+    writer: StreamWriter,
+    site_id: int,
+    step: int,
+    call: int,
+    tensor: torch.Tensor,
+    sampling: HookConfig | None,
 ) -> None:
     full_shape = None
     if sampling is not None:
@@ -64,5 +69,7 @@ def _put(
         kept = positions(tensor.numel(), sampling.sampling_rate, sampling.seed)
         tensor = tensor.reshape(-1)[torch.from_numpy(kept)]
     dtype = str(tensor.dtype).removeprefix("torch.")
-    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
+    data = (
+        tensor.contiguous().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
+    )
     writer.put(RecordMeta(site_id, step, call, dtype, tuple(tensor.shape), full_shape), data)
