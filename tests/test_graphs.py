@@ -104,7 +104,8 @@ def test_as_many_graphs_as_without(options: dict[str, Any], granularity: HookGra
     without = graphs_of(lambda: call(plain))
     torch._dynamo.reset()
     model = make(PLAIN)
-    framework = instrumented(model, InstrumentationConfig(granularity), backend="aot_eager", **options)
+    config = InstrumentationConfig(granularity, hook_config=HookConfig(sampling_rate=0.1))
+    framework = instrumented(model, config, backend="aot_eager", **options)
 
     def capture() -> None:
         with framework.capture_activations(None):
@@ -207,12 +208,20 @@ def test_graph_breaks_inside_a_site(kind: type[nn.Module], tmp_path: Any) -> Non
     for layer in model.layers:
         layer.self_attn = kind()
     reference = copy.deepcopy(model)
-    framework = instrumented(model, backend="aot_eager")
     inputs = [tokens(2, length) for length in (4, 6)]
+    plain = torch.compile(copy.deepcopy(model), backend="aot_eager")
+    with torch.no_grad():
+        for ids in inputs:
+            plain(ids)
+    without = counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    counters.clear()
+    framework = instrumented(model, backend="aot_eager")
     with torch.no_grad():
         with framework.capture_activations(tmp_path / "o.stream"):
             for ids in inputs:
                 model(ids)
+        assert counters["stats"]["unique_graphs"] == without
         names = [site.name for site in framework.sites]
         expected = eager_values(reference, names, lambda m: [m(ids) for ids in inputs])
     with open_stream(tmp_path / "o.stream") as stream:

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import AlreadyInstrumentedError, InstrumentationError
 from .backend import SiteFinder
-from .marker import Marker, step_begin, step_end
+from .marker import Marker, hook, step_begin, step_end
 from .sites import Site
 
 
@@ -75,7 +75,7 @@ class Attachment:
                 continue
             if module is not reference():
                 changed.append(f"{name} (replaced)")
-            elif not any(hook is self.marker for hook in module._forward_hooks.values()):
+            elif not any(installed is self.marker for installed in module._forward_hooks.values()):
                 changed.append(f"{name} (its hooks were removed)")
         if self._before and not isinstance(self.model.__dict__.get("_compiled_call_impl"), CountedCall):
             changed.append("the model itself (compiled again after instrument_model)")
@@ -105,8 +105,8 @@ class Attachment:
 def check_free(model: nn.Module) -> None:
     """Raise if ``model``, or a module inside it, is instrumented already."""
     for name, module in inner_module(model).named_modules():
-        for hook in module._forward_hooks.values():
-            if isinstance(hook, Marker) and hook.sites:
+        for installed in module._forward_hooks.values():
+            if isinstance(installed, Marker) and installed.sites:
                 raise AlreadyInstrumentedError(
                     f"{type(inner_module(model)).__name__} is instrumented already (at {name or 'its root'!r}); "
                     f"call restore(model) of the framework that instrumented it first"
@@ -143,26 +143,38 @@ class _BeginStep:
         self._marker = marker
         self._input_names = input_names
 
+    @hook
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._marker.capturing:
             return
-        inputs = _integer_inputs(self._input_names, args, kwargs)
         if torch.compiler.is_dynamo_compiling():
+            inputs = _integer_inputs(self._input_names, args, kwargs)
             step_begin(tuple(inputs), *inputs.values())
-        elif self._marker.sink is not None:
-            self._marker.sink.begin_step(inputs)
+        else:
+            self._begin(args, kwargs)
+
+    @torch.compiler.disable
+    def _begin(self, args: Any, kwargs: Any) -> None:
+        if self._marker.sink is not None:
+            self._marker.sink.begin_step(_integer_inputs(self._input_names, args, kwargs))
 
 
 class _EndStep:
     def __init__(self, marker: Marker) -> None:
         self._marker = marker
 
+    @hook
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._marker.capturing:
             return
         if torch.compiler.is_dynamo_compiling():
             step_end()
-        elif self._marker.sink is not None:
+        else:
+            self._end()
+
+    @torch.compiler.disable
+    def _end(self) -> None:
+        if self._marker.sink is not None:
             self._marker.sink.end_step()
 
 

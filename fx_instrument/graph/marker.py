@@ -13,17 +13,21 @@ others too. Modules without parameters are told by the last entry of the node's 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import skip_code
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.node import has_side_effect
 
 from ..errors import RewriteError
 from .sites import Site
+
+
+Hook = TypeVar("Hook", bound=Callable[..., None])
 
 
 class Sink(Protocol):
@@ -115,6 +119,16 @@ def first_parameter(module: nn.Module) -> nn.Parameter | None:
     return None
 
 
+def hook(function: Hook) -> Hook:
+    """Keep Dynamo from compiling a hook that it meets as a frame of its own: there it runs as Python.
+
+    It does so behind graph breaks, and for the root's hooks. Where Dynamo traces the caller it inlines the hook
+    all the same.
+    """
+    skip_code(function.__code__)  # type: ignore[attr-defined]
+    return function
+
+
 class Marker:
     """The forward hook of all sites of one instrumented model, and the switch between its two variants.
 
@@ -126,21 +140,22 @@ class Marker:
         self.sink: Sink | None = None
         self.sites = dict(sites)  # id(module) -> site
 
+    @hook
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self.capturing:
             return
-        value = first_tensor(output)
-        if value is None:
-            return
         if torch.compiler.is_dynamo_compiling():
-            tap(value, first_parameter(module))
+            value = first_tensor(output)
+            if value is not None:
+                tap(value, first_parameter(module))
         else:
-            self.record(module, value)
+            self._record(module, output)
 
-    def record(self, module: nn.Module, value: torch.Tensor) -> None:
-        """Hand over a value of a module that runs outside any graph."""
-        site, sink = self.sites.get(id(module)), self.sink
-        if site is not None and sink is not None:
+    @torch.compiler.disable
+    def _record(self, module: nn.Module, output: Any) -> None:
+        """Hand over the value of a module that runs outside any graph."""
+        value, site, sink = first_tensor(output), self.sites.get(id(module)), self.sink
+        if value is not None and site is not None and sink is not None:
             sink.record_eager(site, value)
 
     # A copy of an instrumented model is a plain model: its hooks stay, switched off for good.

@@ -193,6 +193,7 @@ def _sample(graph: fx.Graph, source: fx.Node, sampling: Sampling) -> fx.Node:
     if isinstance(numel, int):
         count = num_samples(numel, sampling.rate)
     else:
+        # As torch specialises on sizes of 1, so on a count of 1: crossing it compiles once more.
         numel = inserter.create_proxy("call_method", "numel", (flat,), {})
         share = inserter.call(operator.mul, sampling.rate, numel)
         count = inserter.call(torch.sym_max, 1, inserter.call(round, share))
