@@ -25,13 +25,13 @@ from fx_instrument.stream.reader import StreamReader
 from fx_instrument.stream.segments import parse_block
 from fx_instrument.stream.writer import StreamWriter
 
-EXPECTED = {sample.key: sample.data for sample in small_samples(6)}
+EXPECTED = {sample.key: sample.data for sample in small_samples(4)}
 
 
 @pytest.fixture(params=CODECS)
 def whole(request: pytest.FixtureRequest, tmp_path: Path) -> bytes:
-    """A file of 18 records in nine blocks, two of each dtype a step pair."""
-    return write(tmp_path / "whole.stream", small_samples(6), codec=request.param, seal_every=6).read_bytes()
+    """A file of 12 records in six blocks, each with two records of a site."""
+    return write(tmp_path / "whole.stream", small_samples(4), codec=request.param, seal_every=6).read_bytes()
 
 
 def frames(data: bytes) -> list[tuple[int, int, int]]:
@@ -112,6 +112,8 @@ def test_any_flipped_bit_is_detected(tmp_path: Path, whole: bytes) -> None:
             pass
         else:
             assert damage, position
+        if position % 3:
+            continue
         with StreamReader(path, recover=True) as reader:
             assert reader.damage, position
             assert sum(len(segment.block_offsets) for segment in reader.segments) >= num_blocks - 1
@@ -139,9 +141,9 @@ def test_a_flipped_bit_of_a_record_is_never_read_as_its_value(tmp_path: Path, wh
                     except CorruptStreamError as error:
                         assert "block" in str(error) and str(path) in str(error)
                         bad += 1
-            assert bad == 2 and good == 16
+            assert bad == 2 and good == 10
         reader, found = recovered(path)
-        assert len(found) == 16
+        assert len(found) == 10
         assert [(lost.offset, lost.num_bytes) for lost in reader.damage] == [(offset, end - offset)]
 
 
@@ -308,13 +310,13 @@ def resume(path: Path, samples: list[Sample], codec: str, summary: dict[str, obj
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_whole_file_is_gone_on_with(tmp_path: Path, codec: str) -> None:
     """Mode "a" keeps records, sites and metadata, adds to them, and keeps the earlier summary."""
-    path = write(tmp_path / "a.stream", small_samples(4), codec=codec, summary={"num_steps": 4, "n": 1})
-    assert resume(path, small_samples(6)[12:], codec, {"n": 2}) == 4
+    path = write(tmp_path / "a.stream", small_samples(3), codec=codec, summary={"num_steps": 3, "n": 1})
+    assert resume(path, small_samples(4)[9:], codec, {"n": 2}) == 3
     with StreamReader(path) as reader:
         assert contents(reader) == EXPECTED
         assert reader.metadata == {"model": "tiny", "summary": {"n": 2}}
-        assert reader.segments[0].earlier_summaries == [{"num_steps": 4, "n": 1}]
-        assert reader.num_records == 12 and reader.num_steps == 6 and len(reader.segments) == 1
+        assert reader.segments[0].earlier_summaries == [{"num_steps": 3, "n": 1}]
+        assert reader.num_records == 8 and reader.num_steps == 4 and len(reader.segments) == 1
         assert reader.verify() == [] == reader.damage
         assert len(reader.sites) == 3
 
@@ -341,7 +343,7 @@ def test_a_file_cut_anywhere_is_gone_on_with(tmp_path: Path, codec: str) -> None
 
 def test_damage_is_voided_and_remembered(tmp_path: Path, whole: bytes) -> None:
     """Resuming over a damaged block makes the file readable without recover, and `damage` still says what is lost."""
-    offset, end = [(offset, end) for kind, offset, end in frames(whole) if kind == BLOCK][4]
+    offset, end = [(offset, end) for kind, offset, end in frames(whole) if kind == BLOCK][2]
     flipped = bytearray(whole)
     flipped[end - 6] ^= 1
     path = tmp_path / "b.stream"
@@ -349,9 +351,9 @@ def test_damage_is_voided_and_remembered(tmp_path: Path, whole: bytes) -> None:
     with StreamReader(path) as reader:
         codec = reader.codec
     for count in range(2):
-        assert resume(path, [Sample("new", 6 + count, floats(3), "bfloat16")], codec) == 6 + count
+        assert resume(path, [Sample("new", 4 + count, floats(3), "bfloat16")], codec) == 4 + count
         with StreamReader(path) as reader:
-            assert len(contents(reader)) == 16 + 1 + count
+            assert len(contents(reader)) == 10 + 1 + count
             assert [(lost.offset, lost.num_bytes) for lost in reader.damage] == [(offset, end - offset)]
             assert len(reader.verify()) == 1
 

@@ -1,0 +1,186 @@
+"""fx-instrument: what scripts and people rely on, run as a process would run it."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from written import write_stream
+
+pytest.importorskip("click")
+pytest.importorskip("rich")
+
+from fx_instrument.activations import open_stream
+from fx_instrument.cli import run
+from fx_instrument.version import __version__
+
+ATTN, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
+
+
+@pytest.fixture
+def stream_file(tmp_path):
+    made = [
+        {ATTN: torch.full((2, tokens, 8), 1.5), MLP: torch.arange(2.0 * tokens * 8).reshape(2, tokens, 8)}
+        for tokens in (4, 1, 1)
+    ]
+    return write_stream(tmp_path / "a.stream", made, inputs=[{"input_ids": torch.arange(8).reshape(2, 4)}])
+
+
+def call(capsys, *arguments):
+    """Exit code and standard output."""
+    code = run([str(argument) for argument in arguments])
+    return code, capsys.readouterr().out
+
+
+def call_json(capsys, *arguments):
+    code, out = call(capsys, *arguments, "--json")
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    return code, json.loads(out, parse_constant=refuse)
+
+
+def test_info_says_what_the_file_holds(capsys, stream_file):
+    code, out = call(capsys, "info", stream_file)
+    assert code == 0
+    for word in ("Tiny", "2 (1 attention, 1 mlp)", "zstd", "full_tensor", "input_ids"):
+        assert word in out
+    code, found = call_json(capsys, "info", stream_file)
+    assert (code, found["records"], found["steps"]) == (0, 6, 3)
+    assert found["sites"] == [
+        {"name": ATTN, "role": "attention", "records": 3},
+        {"name": MLP, "role": "mlp", "records": 3},
+    ]
+
+
+def test_stats_are_those_of_the_analysis(capsys, stream_file):
+    code, found = call_json(capsys, "stats", stream_file, "--site", "*.mlp")
+    assert code == 0
+    assert list(found["sites"]) == [MLP]
+    assert found["sites"][MLP]["max"] == 63
+    code, out = call(capsys, "stats", stream_file)
+    assert code == 0
+    assert ATTN in out
+    assert "kurtosis" in out
+
+
+def test_head_shows_the_first_records_in_order_of_steps(capsys, stream_file):
+    code, found = call_json(capsys, "head", stream_file, "-n", 3, "--values", 2)
+    assert code == 0
+    assert [(row["step"], row["site"], row["values"]) for row in found] == [
+        (0, ATTN, [1.5, 1.5]),
+        (0, MLP, [0.0, 1.0]),
+        (1, ATTN, [1.5, 1.5]),
+    ]
+    assert call(capsys, "head", stream_file)[0] == 0
+
+
+def test_head_writes_what_json_lacks_as_text(capsys, tmp_path):
+    path = write_stream(tmp_path / "a.stream", [{MLP: torch.tensor([math.nan, math.inf, 1.0])}])
+    assert call_json(capsys, "head", path)[1][0]["values"] == ["nan", "inf", 1.0]
+
+
+def test_verify_finds_a_flipped_bit_and_a_cut(capsys, stream_file):
+    assert call(capsys, "verify", stream_file)[0] == 0
+    whole = stream_file.read_bytes()
+    with open_stream(stream_file) as stream:
+        records = len(stream)
+    damaged = bytearray(whole)
+    place = next(i for i in range(len(whole) // 3, len(whole)) if whole[i])
+    damaged[place] ^= 4
+    stream_file.write_bytes(damaged)
+    code, found = call_json(capsys, "verify", stream_file)
+    assert (code, found["ok"]) == (1, False)
+    assert found["problems"]
+    stream_file.write_bytes(whole[:-1])
+    code, found = call_json(capsys, "verify", stream_file)
+    assert (code, found["ok"], found["readable_records"]) == (1, False, records)
+    assert call(capsys, "verify", stream_file)[0] == 1
+
+
+def test_recover_makes_a_cut_file_whole_in_its_place(capsys, stream_file):
+    with open_stream(stream_file) as stream:
+        expected = {(record.site, record.step): record.tensor() for record in stream}
+        ids = stream.inputs(0)["input_ids"]
+    stream_file.write_bytes(stream_file.read_bytes()[:-1])
+    assert call(capsys, "info", stream_file)[0] == 1
+    assert call(capsys, "info", stream_file, "--recover")[0] == 0
+    code, found = call_json(capsys, "recover", stream_file)
+    assert (code, found["records"], found["steps"], found["rewritten"]) == (0, 6, 3, True)
+    assert call(capsys, "verify", stream_file)[0] == 0
+    with open_stream(stream_file) as stream:
+        assert stream.metadata["model"] == {"class": "Tiny"}
+        assert stream.metadata["summary"]["recovered"] is True
+        for (site, step), tensor in expected.items():
+            assert torch.equal(stream.read(site, step), tensor)
+        assert torch.equal(stream.inputs(0)["input_ids"], ids)
+    before = stream_file.read_bytes()
+    code, found = call_json(capsys, "recover", stream_file)
+    assert (code, found["rewritten"], stream_file.read_bytes()) == (0, False, before)
+    assert [file.name for file in stream_file.parent.iterdir()] == ["a.stream"]
+
+
+def test_recover_into_another_file_leaves_the_first_alone(capsys, stream_file, tmp_path):
+    cut = stream_file.read_bytes()[:-1]
+    stream_file.write_bytes(cut)
+    assert call(capsys, "recover", stream_file, "-o", tmp_path / "b.stream")[0] == 0
+    assert stream_file.read_bytes() == cut
+    assert call(capsys, "verify", tmp_path / "b.stream")[0] == 0
+    assert call(capsys, "recover", stream_file, "-o", tmp_path / "b.stream")[0] == 2
+
+
+def test_export_by_suffix_and_glob(capsys, stream_file, tmp_path):
+    code, found = call_json(capsys, "export", stream_file, tmp_path / "a.npz", "--site", "*.mlp")
+    assert (code, found["files"]) == (0, [str(tmp_path / "a.npz")])
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert arrays[f"{MLP}/1/0"].shape == (2, 1, 8)
+        assert f"{ATTN}/1/0" not in arrays
+    assert call(capsys, "export", stream_file, tmp_path / "a.npz")[0] == 2
+    assert call(capsys, "export", stream_file, tmp_path / "a.npz", "--overwrite")[0] == 0
+    assert call(capsys, "export", stream_file, tmp_path / "a.csv")[0] == 2
+    assert call(capsys, "export", stream_file, tmp_path / "b.npz", "--site", "nothing*")[0] == 2
+
+
+def test_exit_codes_tell_what_went_wrong(capsys, tmp_path):
+    (tmp_path / "other").write_bytes(b"no stream " * 10)
+    (tmp_path / "empty").write_bytes(b"")
+    assert call(capsys, "info", tmp_path / "missing")[0] == 2
+    assert call(capsys, "info", tmp_path / "other")[0] == 3
+    assert call(capsys, "verify", tmp_path / "empty")[0] == 1
+    assert call(capsys, "frobnicate")[0] == 2
+    assert call(capsys, "--version") == (0, f"fx-instrument, version {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["info"], ["stats"], ["verify"], ["recover"], ["export"], ["head"], ["demo"]]
+)
+def test_every_command_explains_itself(capsys, command):
+    code, out = call(capsys, *command, "--help")
+    assert code == 0
+    assert "Usage: fx-instrument" in out
+    assert "--help" in out
+
+
+def test_the_module_runs_as_a_program(stream_file):
+    done = subprocess.run(
+        [sys.executable, "-m", "fx_instrument", "info", str(stream_file), "--json"],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["records"] == 6
+
+
+def test_without_the_cli_extra_the_program_says_what_to_install(monkeypatch, capsys):
+    from fx_instrument import __main__
+
+    monkeypatch.delitem(sys.modules, "fx_instrument.cli", raising=False)
+    monkeypatch.setitem(sys.modules, "click", None)
+    assert __main__.main() == 4
+    assert "pip install 'fx_instrument[cli]'" in capsys.readouterr().err
