@@ -15,8 +15,8 @@ import torch
 
 from .errors import CorruptStreamError, MissingRecordError, UnsupportedStreamError
 from .sampling import num_samples, positions
-from .stream.reader import Damage, RecordRef, StreamReader
-from .stream.records import SiteEntry
+from .stream.reader import RecordRef, StreamReader
+from .stream.records import Damage, SiteEntry
 
 INPUT_ROLE = "input"
 
@@ -271,6 +271,10 @@ class ActivationStream:
             )
         found = {name: self._reader.find(site_id, step, 0) for name, site_id in self._inputs.items()}
         return {name: Record(self, name, ref).tensor() for name, ref in found.items() if ref is not None}
+
+    def verify(self) -> list[Damage]:
+        """Compare every byte of the file with its checksums, and the index with the blocks; empty if all is well."""
+        return self._reader.verify()
 
     def close(self) -> None:
         """Let go of the file; tensors that were read stay valid."""

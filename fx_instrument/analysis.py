@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from .activations import ActivationStream, Record, open_stream
+from .stream.records import Damage
 from .token_rows import TokenRows
 
 NUM_TOP_CHANNELS = 10
@@ -95,11 +96,15 @@ def describe(stream: ActivationStream) -> dict[str, Any]:
         "dropped_records": summary.get("dropped_records"),
         "stalled_seconds": summary.get("stalled_seconds"),
         "eager_records": summary.get("eager_records"),
-        "damage": [
-            {"offset": int(gap.offset), "num_bytes": int(gap.num_bytes), "reason": gap.reason}
-            for gap in stream.damage
-        ],
+        "damage": describe_damage(stream.damage),
     }
+
+
+def describe_damage(damage: Sequence[Damage]) -> list[dict[str, Any]]:
+    """Each gap as plain JSON values: offset, num_bytes, reason."""
+    return [
+        {"offset": int(gap.offset), "num_bytes": int(gap.num_bytes), "reason": gap.reason} for gap in damage
+    ]
 
 
 @dataclass

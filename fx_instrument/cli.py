@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from .activations import ActivationStream, Record, open_stream
-from .analysis import analyze_activations, describe
+from .analysis import analyze_activations, describe, describe_damage
 from .config import CODECS, HookGranularity
 from .errors import (
     CorruptStreamError,
@@ -29,7 +30,7 @@ from .errors import (
     UnsupportedStreamError,
 )
 from .export import FORMATS, export_stream
-from .recovery import recover_stream
+from .repair import recover_stream
 from .site_table import site_table
 from .version import __version__
 
@@ -100,7 +101,7 @@ def cli() -> None:
     """
 
 
-@cli.command()
+@cli.command(short_help="Say what a file holds and where it comes from.")
 @click.argument("file", type=INPUT_FILE)
 @json_option
 @recover_option
@@ -138,7 +139,7 @@ def info(file: Path, as_json: bool, recover: bool) -> None:
         "values": f"{_bytes(found['raw_bytes'])}, {found['ratio']:.2f}x smaller in the file ({found['codec']})",
         "duration": None
         if found["duration_s"] is None
-        else f"{found['duration_s']:.2f} s, {found['achieved_gbps'] or 0:.3f} GB/s captured, "
+        else f"{found['duration_s']:.2f} s, {(found['achieved_gbps'] or 0) * 1000:.4g} MB/s captured, "
         f"{found['stalled_seconds'] or 0:.3f} s stalled",
         "dropped": sum((found["dropped_records"] or {}).values()) or None,
         "eager records": found["eager_records"] or None,
@@ -152,7 +153,7 @@ def info(file: Path, as_json: bool, recover: bool) -> None:
     console.print(table)
 
 
-@cli.command()
+@cli.command(short_help="Print statistics of each site's values.")
 @click.argument("file", type=INPUT_FILE)
 @json_option
 @recover_option
@@ -170,21 +171,21 @@ def stats(file: Path, as_json: bool, recover: bool, globs: Sequence[str]) -> Non
     console.print(site_table(found["sites"], console.width))
 
 
-@cli.command()
+@cli.command(short_help="Check a file against its checksums.")
 @click.argument("file", type=INPUT_FILE)
 @json_option
 def verify(file: Path, as_json: bool) -> int:
     """Check every byte of FILE against its checksums; exit code 1 if it is damaged or cut short."""
     problems: list[dict[str, Any]] = []
-    records = 0
     try:
         with open_stream(file) as stream:
-            problems += _read_all(stream, quiet=as_json)
+            problems += describe_damage(stream.verify())
             records = len(stream)
     except (TruncatedStreamError, CorruptStreamError) as error:
         problems.append({"offset": None, "num_bytes": None, "reason": str(error)})
+    if problems:
         with open_stream(file, recover=True) as stream:
-            problems += _read_all(stream, quiet=as_json)
+            problems += [gap for gap in describe_damage(stream.damage) if gap not in problems]
             records = len(stream)
     if as_json:
         _print_json(
@@ -202,7 +203,7 @@ def verify(file: Path, as_json: bool) -> int:
     return EXIT_DAMAGED if problems else 0
 
 
-@cli.command()
+@cli.command(short_help="Make a damaged or cut file whole again.")
 @click.argument("file", type=INPUT_FILE)
 @click.option(
     "-o",
@@ -229,7 +230,7 @@ def recover(file: Path, output: Path | None, as_json: bool) -> None:
     console.print(f"{escape(found['file'])}: {found['records']} records of {found['steps']} steps")
 
 
-@cli.command()
+@cli.command(short_help="Write the records in another library's format.")
 @click.argument("file", type=INPUT_FILE)
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option(
@@ -265,7 +266,7 @@ def export(
         click.echo(made)
 
 
-@cli.command()
+@cli.command(short_help="Print the first records.")
 @click.argument("file", type=INPUT_FILE)
 @click.option(
     "-n", "--records", default=10, show_default=True, type=click.IntRange(1), help="How many records."
@@ -301,7 +302,7 @@ def head(file: Path, records: int, values: int, globs: Sequence[str], recover: b
     _console().print(table)
 
 
-@cli.command()
+@cli.command(short_help="Capture a real SmolLM2-135M and draw it.")
 @click.option("--prompt", "prompts", multiple=True, help="What the model is asked; repeatable, one batch.")
 @click.option(
     "-o",
@@ -364,14 +365,6 @@ def _choose(names: Sequence[str], globs: Sequence[str]) -> list[str]:
     return chosen
 
 
-def _read_all(stream: ActivationStream, *, quiet: bool) -> list[dict[str, Any]]:
-    """Read every block, so that every checksum is compared; the damage that was found on the way."""
-    with _progress("checking", quiet=quiet) as progress:
-        for done, _ in enumerate(stream, 1):
-            progress(done, len(stream))
-    return describe(stream)["damage"]  # type: ignore[no-any-return]
-
-
 def _first_records(stream: ActivationStream, sites: Sequence[str], count: int) -> Iterator[Record]:
     """The first records by step, then site, then call, without reading any."""
     found: list[tuple[tuple[int, int, int], Record]] = []
@@ -390,8 +383,13 @@ def _head_row(record: Record, num_values: int) -> dict[str, Any]:
         "dtype": str(record.dtype).removeprefix("torch."),
         "shape": list(record.shape),
         "full_shape": list(record.full_shape),
-        "values": [str(value) if isinstance(value, complex) else value for value in values],
+        # JSON has no NaN, infinities or complex numbers.
+        "values": [value if _is_plain(value) else str(value) for value in values],
     }
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
 
 
 @contextmanager
