@@ -21,6 +21,7 @@ from .capture.session import CaptureReport, Session
 from .config import HookGranularity, InstrumentationConfig
 from .errors import (
     AlreadyInstrumentedError,
+    BufferTooSmallError,
     CaptureActiveError,
     CaptureFailedError,
     MissingCompilerError,
@@ -31,7 +32,7 @@ from .graph.backend import CaptureBackend, InnerBackend
 from .graph.rewrite import Sampling
 from .graph.sites import Site, choose_sites
 from .stream.records import RecordMeta
-from .stream.writer import StreamWriter
+from .stream.writer import MIN_MEMORY_BYTES, StreamWriter
 from .version import __version__
 
 log = logging.getLogger(__name__)
@@ -160,6 +161,8 @@ class InstrumentationFramework:
             NotInstrumentedError: before ``instrument_model``.
             CaptureActiveError: another capture of this framework is open.
             InstrumentationError: the model was changed after ``instrument_model``.
+            BufferTooSmallError: ``max_memory_gb`` is less than the writer needs, or (in a forward call) less than
+                the values of one graph run.
             OSError: the file can't be created; raised when the block is entered.
             CaptureFailedError: a capture thread failed; raised when the block is left.
         """
@@ -249,13 +252,18 @@ class Capture:
             )
         attachment.check_unchanged()
         config = framework.config
+        if config.max_memory_bytes < 2 * MIN_MEMORY_BYTES:
+            raise BufferTooSmallError(
+                f"max_memory_gb={config.max_memory_gb:g} ({config.max_memory_bytes} bytes) is less than capturing "
+                f"needs: the writer alone takes {MIN_MEMORY_BYTES} bytes, so give it {2 * MIN_MEMORY_BYTES} or more"
+            )
         hook_config = config.hook_config
         writer = StreamWriter(
             self.path,
             metadata=framework._metadata(attachment),
             codec=config.compression_algorithm,
             mode=self._mode,
-            memory_bytes=config.max_memory_bytes // _WRITER_SHARE,
+            memory_bytes=max(MIN_MEMORY_BYTES, config.max_memory_bytes // _WRITER_SHARE),
             target_bytes_per_s=config.target_throughput_gbps * 1e9,
         )
         sampled = config.granularity is HookGranularity.SAMPLED_SLICES

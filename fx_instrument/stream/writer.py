@@ -25,9 +25,12 @@ from fx_instrument.stream.resume import Resumed, resume_file
 
 DEFAULT_MEMORY_BYTES = 64 << 20
 MIN_PAGE_BYTES = 16 << 10
-_WORKER_FIXED_BYTES = 1 << 20
+_WORKER_FIXED_BYTES = 2 << 20
+"""Of a worker: its two zstd contexts (1 MiB), the pieces that stay in L2 (512 KiB), a directory."""
 _WORKER_PAGES = 4
 """What a worker holds at most in pages: gathered, planes, compressed planes and the room zstd asks for."""
+MIN_MEMORY_BYTES = _WORKER_PAGES * MIN_PAGE_BYTES + _WORKER_FIXED_BYTES
+"""The least that a writer works with: one worker, the smallest pages."""
 _IOV_MAX = 1000
 
 
@@ -37,9 +40,11 @@ class StreamWriter:
     ``put`` takes over a record's memory without a copy and calls ``done`` once its bytes are in the file (or
     thrown away after a failure). Records of a dtype collect in a page; a full or old page goes to a worker, which
     lays it out by site, compresses it and appends it when its turn comes. A failure of any thread is kept in
-    ``failure`` and raised by ``close``.
+    ``failure`` and raised by ``close``. ``memory_bytes`` bounds what workers hold beside the records; the attribute
+    of that name says what they hold at most (never less than 2.1 MiB).
 
-    Raises on construction: ValueError for a codec, mode or memory that does not exist; OSError as ``open`` does.
+    Raises on construction: ValueError for a codec or mode that does not exist; TypeError for metadata that is no
+    JSON; OSError as ``open`` does; as ``resume_file`` does in mode "a".
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class StreamWriter:
         self.raw_bytes = 0
         self.num_records = 0
         self._prolog = Prolog(codec, uuid.uuid4().bytes, dict(metadata), rank, world, time.time_ns())
+        beginning = [empty_frame(codec), self._prolog.write()]
         self._segment_id = self._prolog.uuid[:SEGMENT_ID_BYTES]
         self._sites: list[SiteEntry] = []
         self._site_ids: dict[tuple[str, str], int] = {}
@@ -95,7 +101,7 @@ class StreamWriter:
         if self._resumed is None:
             self._fd = _open_file(path, mode)
             try:
-                self._write([empty_frame(codec), self._prolog.write()])
+                self._write(beginning)
             except BaseException:
                 self._close_file()
                 raise
@@ -388,14 +394,17 @@ def _write_all(fd: int, views: list[memoryview]) -> None:
 
 
 def _fit_memory(memory_bytes: int, num_workers: int | None, page_bytes: int | None) -> tuple[int, int]:
-    """Workers and page size that fit: fewer workers before smaller pages than 256 KiB."""
+    """Workers and page size that fit: fewer workers before smaller pages than 1 MiB.
+
+    A worker with the smallest page is the least there can be, also where that is more than ``memory_bytes``.
+    """
     if page_bytes is not None and not 1024 <= page_bytes <= MAX_PAGE_BYTES:
         raise ValueError(f"page_bytes must be from 1024 to {MAX_PAGE_BYTES}, got {page_bytes!r}")
     if num_workers is not None and num_workers < 1:
         raise ValueError(f"num_workers must be at least 1, got {num_workers!r}")
     if num_workers is None:
         num_workers = max(1, min(4, len(os.sched_getaffinity(0)) // 2))
-        while num_workers > 1 and num_workers * (_WORKER_PAGES << 20) > memory_bytes:
+        while num_workers > 1 and num_workers * (_WORKER_FIXED_BYTES + (_WORKER_PAGES << 20)) > memory_bytes:
             num_workers -= 1
     if page_bytes is None:
         room = (memory_bytes // num_workers - _WORKER_FIXED_BYTES) // _WORKER_PAGES
