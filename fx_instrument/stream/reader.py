@@ -332,7 +332,12 @@ class StreamReader:
                 block = self._block(number, position)
                 for row in range(len(block.directory.rows)):
                     local = int(block.directory.rows["site"][row])
-                    ref = self._ref(number, self._global_ids[number][local], ((position, row),))
+                    site_id = self._global_ids[number].get(local)
+                    if site_id is None:
+                        raise CorruptStreamError(
+                            f"{self.path}: a record is of site {local}, which no table names"
+                        )
+                    ref = self._ref(number, site_id, ((position, row),))
                     key = (local, ref.step, ref.call)
                     if key in segment.incomplete:
                         continue
