@@ -69,7 +69,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     except BrokenPipeError:
         # The reader of the pipe has gone, as `head` does; Python must not fail again when it flushes at exit.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 0
     except (OSError, ValueError, InstrumentationError) as error:
         errors.print(f"[red]error:[/] {escape(str(error))}")

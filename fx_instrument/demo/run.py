@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..activations import ActivationStream, open_stream
+from ..capture.session import CaptureReport
 from ..config import HookGranularity, InstrumentationConfig
 from ..errors import InstrumentationError, MissingCompilerError
-from ..framework import CaptureReport, InstrumentationFramework
+from ..framework import InstrumentationFramework
 from ..graph.sites import Site
 from ..site_table import site_table
 from .picture import draw, norm_maps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import subprocess
 import sys
@@ -62,8 +63,10 @@ def load_model(dtype: torch.dtype) -> tuple[Any, Any]:
     # Reading the GGUF file draws a tqdm bar that transformers' own switch does not reach.
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        import gguf  # noqa: F401  (transformers needs it to read the file, and says so less clearly)
-        import transformers
+        # transformers needs the other two to read the file, and asks for them one by one.
+        for package in ("gguf", "accelerate"):
+            importlib.import_module(package)
+        transformers: Any = importlib.import_module("transformers")
     except ModuleNotFoundError as missing:
         raise MissingPackageError(
             f"the demo needs the package {missing.name}: pip install 'fx_instrument[demo]'"
