@@ -40,7 +40,16 @@ class TokenRows:
         tokens = _tokens_a_sequence(record, mask.shape[0], ids)
         if tokens is None or not 0 < tokens <= mask.shape[1]:
             return None
-        kept: npt.NDArray[np.bool_] = mask[:, mask.shape[1] - tokens :].reshape(-1) != 0
+        end = mask.shape[1]
+        if end > tokens:
+            # Of a static cache the mask has the columns of all slots; those behind the step's tokens no one sees.
+            seen = np.flatnonzero(mask.any(axis=0))
+            end = max(tokens, int(seen[-1]) + 1 if len(seen) else end)
+        columns = mask[:, end - tokens : end] != 0
+        if not columns[:, 0].any():
+            # No sequence sees the step's first token: a sliding window hides it, it is no padding.
+            return None
+        kept: npt.NDArray[np.bool_] = columns.reshape(-1)
         return None if kept.all() else kept
 
     def token_ids(self, record: Record) -> npt.NDArray[np.int64] | None:

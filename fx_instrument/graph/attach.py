@@ -183,20 +183,21 @@ def _positional_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds)
 
 
-def _integer_inputs(
-    names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, torch.Tensor]:
+def _integer_inputs(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The integer and boolean tensors of at most two dimensions among a call's arguments, by name.
 
-    Wider ones are 4-D attention masks, tokens squared in size, that say nothing which rows don't.
+    Of a 4-D attention mask (batch, heads or 1, queries, keys), as static caches make it, the last query's row: which
+    keys it sees tells which tokens are padding, at a fraction of the size.
     """
     named = dict(zip(names, args, strict=False))
     named.update(kwargs)
-    return {
-        name: value
-        for name, value in named.items()
-        if isinstance(value, torch.Tensor)
-        and value.dim() <= 2
-        and not value.is_floating_point()
-        and not value.is_complex()
-    }
+    inputs = {}
+    for name, value in named.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        if name.endswith("attention_mask") and value.dim() == 4 and value.shape[2] > 0:
+            row = value[:, 0, -1]
+            inputs[name] = row == 0 if row.is_floating_point() else row != 0
+        elif value.dim() <= 2 and not value.is_floating_point() and not value.is_complex():
+            inputs[name] = value
+    return inputs
