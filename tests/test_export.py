@@ -126,7 +126,7 @@ def test_arrow_rows_are_tokens_with_their_ids(tmp_path, written, suffix):
 
 
 def test_hugging_face_datasets_reads_both(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", exc_type=ImportError)
     tensor = values(2, 3, 4, dtype=torch.bfloat16)
     with open_stream(
         write_stream(tmp_path / "a.stream", [{MLP: tensor}], inputs=[{"input_ids": IDS[0]}])
