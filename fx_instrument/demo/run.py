@@ -275,7 +275,9 @@ def _print(
     for check in checks:
         verdict = f"{check.difference:.1e} apart"
         if not check.bit_equal:
-            verdict += f"; off from a wider dtype by {check.captured_error:.1e}, eager itself by {check.eager_error:.1e}"
+            verdict += (
+                f"; from a wider dtype {check.captured_error:.1e}, eager itself {check.eager_error:.1e}"
+            )
         console.print(
             f"[bold]Checked[/]  {check.site}: {check.values} values against an eager hook, {verdict}"
         )
