@@ -1,19 +1,16 @@
 """Pages to standard compressed frames and back: the only file that knows zstandard and lz4.
 
-A page becomes planes (filters.py). In a "zstd" file each plane is one zstd frame: compressed, or hand-built of
-raw blocks where it is incompressible, which costs no pass over the bytes. In an "lz4" or "none" file the page
-is one LZ4 frame whose blocks are the planes, compressed or stored. Both are what the command-line tools read.
+A page becomes planes (filters.py), each compressed or stored (payload.py), so that the command-line tools read it.
+How a plane is best compressed differs by site: it is tried on the site's first page, and again now and then.
 """
 
 from __future__ import annotations
 
-import struct
 import threading
-import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
+import lz4
 import lz4.block
 import numpy as np
 import numpy.typing as npt
@@ -21,22 +18,22 @@ import zstandard
 
 from fx_instrument.errors import CorruptStreamError, UnsupportedStreamError
 from fx_instrument.stream import filters
-from fx_instrument.stream.blocks import COMPRESSED, MAX_PLANES, STORED, BlockHeader
+from fx_instrument.stream.blocks import COMPRESSED, STORED, BlockHeader
 from fx_instrument.stream.frames import CODEC_CODES, Bytes
+from fx_instrument.stream.payload import (
+    EMPTY_LZ4_FRAME,
+    EMPTY_ZSTD_FRAME,
+    LZ4_BLOCK_HEAD_BYTES,
+    LZ4_FRAME_HEAD,
+    EncodedPage,
+    Plane,
+    build_payload,
+    stored_zstd_bytes,
+    stored_zstd_plane,
+)
+from fx_instrument.stream.tiers import BEST, FAST, RAW, Choice, Choices
 
 U8 = npt.NDArray[np.uint8]
-Piece: TypeAlias = "bytes | U8"
-
-EMPTY_ZSTD_FRAME = bytes.fromhex("28b52ffd2000010000")
-LZ4_FRAME_HEAD = bytes.fromhex("04224d18607073")
-"""Version 1, independent blocks of at most 4 MiB, no checksums, no content size."""
-LZ4_END = bytes(4)
-LEAD_BYTES = len(LZ4_FRAME_HEAD) + 4
-"""What stands before the values of a page that is stored in one piece."""
-EMPTY_LZ4_FRAME = LZ4_FRAME_HEAD + LZ4_END
-_LZ4_STORED = 1 << 31
-_ZSTD_RAW_HEAD = struct.Struct("<4sBI")
-_ZSTD_BLOCK_BYTES = 128 << 10
 
 # Entropy coding without a search for matches: level 1 finds none in exponents, at a third of the speed.
 # A negative level or target_length > 0 would switch the Huffman stage off as well.
@@ -49,6 +46,12 @@ _HUFFMAN_ONLY = zstandard.ZstdCompressionParameters(
     min_match=7,
     target_length=0,
 )
+_WORTH = 0.99
+"""A slower method, or any at all, must make a page at least so much smaller."""
+_LZ4_WORTH = 0.97
+_SAMPLE_SLICES, _SAMPLE_SLICE_BYTES = 4, 4096
+_DIRECT_BYTES = 32 << 10
+"""From this mean size of buffers on they are split where they lie; smaller ones are gathered first."""
 
 
 def empty_frame(codec: str) -> bytes:
@@ -56,145 +59,124 @@ def empty_frame(codec: str) -> bytes:
     return EMPTY_ZSTD_FRAME if codec == "zstd" else EMPTY_LZ4_FRAME
 
 
-@dataclass(slots=True)
-class EncodedPage:
-    """The payload of a block as pieces of memory; they point into the encoder's scratch until its next call."""
-
-    filter: int
-    pieces: list[Piece]
-    payload_bytes: int
-    payload_crc: int
-    plane_bytes: tuple[int, ...]
-    plane_encodings: tuple[int, ...]
-
-
-def _raw_zstd_frame(buffers: Iterable[U8], total: int) -> list[Piece]:
-    """A zstd frame of raw blocks around the buffers, none of them copied (RFC 8878, 3.1.1)."""
-    pieces: list[Piece] = []
-    pending: list[Piece] = []
-    left = total
-    room = min(left, _ZSTD_BLOCK_BYTES)
-    size = room
-    for buffer in buffers:
-        start = 0
-        while start < len(buffer):
-            part = buffer[start : start + room]
-            pending.append(part)
-            start += len(part)
-            room -= len(part)
-            if not room:
-                left -= size
-                pieces.append((size << 3 | (not left)).to_bytes(3, "little"))
-                pieces += pending
-                pending = []
-                room = size = min(left, _ZSTD_BLOCK_BYTES)
-    if not total:
-        pieces.append(b"\x01\0\0")
-    return [_ZSTD_RAW_HEAD.pack(b"\x28\xb5\x2f\xfd", 0xA0, total), *pieces]
-
-
-def _piece_bytes(piece: Piece) -> int:
-    return piece.nbytes if isinstance(piece, np.ndarray) else len(piece)
-
-
 class PageEncoder:
     """Compresses pages of one codec; one for each thread.
 
-    A ZstdCompressor shared by threads corrupts its output silently (20 of 80 pages in a trial).
+    A ZstdCompressor shared by threads corrupts its output silently (20 of 80 pages in a trial). ``choices`` may be
+    shared.
     """
 
-    def __init__(self, codec: str, page_bytes: int) -> None:
+    def __init__(self, codec: str, page_bytes: int, choices: Choices | None = None) -> None:
         self.codec = codec
-        self._gathered = np.empty(page_bytes, np.uint8)
-        self._planes = np.empty(page_bytes, np.uint8)
-        self._splitter = filters.PlaneSplitter()
+        self._family = "zstd" if codec == "zstd" else "lz4"
+        self._choices = Choices() if choices is None else choices
+        self._gathered = np.empty(page_bytes if codec != "none" else 0, np.uint8)
+        self._scratch = np.empty(page_bytes + 64 if codec != "none" else 0, np.uint8)
+        self._planes = filters.Planes()
         self._huffman = zstandard.ZstdCompressor(compression_params=_HUFFMAN_ONLY)
         self._zstd1 = zstandard.ZstdCompressor(level=1)
 
-    def encode(self, buffers: Sequence[U8], dtype: str) -> EncodedPage:
-        """The payload of the page that ``buffers`` make one after another."""
-        if self.codec == "none":
-            return self._frame_lz4(filters.PLAIN, [None], [list(buffers)])
-        filter_code = filters.filter_for(dtype)
+    def encode(self, buffers: Sequence[U8], dtype: str, *, site: int = -1, tier: int = BEST) -> EncodedPage:
+        """The payload of the page that ``buffers`` make one after another.
+
+        ``site`` is that of all records of the page, or -1; it keys what was learnt of compressing it.
+        """
+        packed = filters.packed_filter(dtype)
+        if self.codec == "none" or tier == RAW or (tier == FAST and packed is None):
+            return build_payload(self._family, filters.PLAIN, [buffers])
+        if len(buffers) > 1 and sum(map(len, buffers)) < _DIRECT_BYTES * len(buffers):
+            buffers = [filters.gather(buffers, self._gathered)]
+        if tier == FAST and packed is not None:
+            return self._packed(packed, buffers)
+        choice = self._choices.of(dtype, site)
+        encoded = (self._zstd if self.codec == "zstd" else self._lz4)(buffers, dtype, choice)
+        choice.stored(sum(map(len, buffers)), encoded.payload_bytes)
+        return encoded
+
+    def _packed(self, filter_code: int, buffers: Sequence[U8]) -> EncodedPage:
+        planes = self._planes.split(filter_code, buffers, self._scratch)
+        return build_payload(self._family, filter_code, [[plane] for plane in planes])
+
+    def _split(self, filter_code: int, buffers: Sequence[U8]) -> list[U8]:
         if filter_code == filters.PLAIN:
-            page = filters.gather(buffers, self._gathered)
-            return self._finish(filter_code, [page])
-        page = filters.gather(buffers, self._gathered)
-        planes, start = [], 0
-        for size in filters.plane_sizes(filter_code, len(page)):
-            planes.append(self._planes[start : start + size])
-            start += size
-        self._splitter.split(filter_code, [page], planes)
-        return self._finish(filter_code, planes)
+            return [filters.gather(buffers, self._gathered)]
+        return self._planes.split(filter_code, buffers, self._scratch)
 
-    def _finish(self, filter_code: int, planes: list[U8]) -> EncodedPage:
-        packed: list[bytes | None] = []
-        for position, plane in enumerate(planes):
-            if self.codec == "lz4":
-                data = lz4.block.compress(plane, store_size=False) if len(plane) else b""
-            elif position == 0 and len(planes) > 1:
-                data = self._huffman.compress(plane.data)
+    def _zstd(self, buffers: Sequence[U8], dtype: str, choice: Choice) -> EncodedPage:
+        """Huffman-only or zstd-1 for the plane of exponents; the others where a sample says that it pays."""
+        filter_code = filters.split_filter(dtype)
+        first, *others = self._split(filter_code, buffers)
+        planes: list[Plane] = []
+        if choice.probe:
+            huffman, zstd1 = self._huffman.compress(first.data), self._zstd1.compress(first.data)
+            total = sum(map(len, buffers)) - len(first)
+            matching = total + len(zstd1) < _WORTH * (total + len(huffman))
+            choice.learnt("zstd1" if matching else "huffman")
+            data = zstd1 if matching else huffman
+        else:
+            data = (self._zstd1 if choice.method == "zstd1" else self._huffman).compress(first.data)
+        planes.append(_if_smaller(data, first))
+        for plane in others:
+            compressor = self._zstd1.compress
+            planes.append(_if_smaller(compressor(plane.data), plane) if _pays(compressor, plane) else [plane])
+        return build_payload("zstd", filter_code, planes)
+
+    def _lz4(self, buffers: Sequence[U8], dtype: str, choice: Choice) -> EncodedPage:
+        """Packed exponents where they win, else LZ4 on planes or on the page: LZ4 itself has no entropy coder."""
+        packed = filters.packed_filter(dtype)
+        if not choice.probe and choice.method == "packed" and packed is not None:
+            return self._packed(packed, buffers)
+        split = filters.split_filter(dtype)
+        if not choice.probe:
+            return self._lz4_planes(split if choice.method == "planes" else filters.PLAIN, buffers)
+        sizes: dict[str, float] = {"plain": self._lz4_planes(filters.PLAIN, buffers).payload_bytes}
+        if split != filters.PLAIN:
+            sizes["planes"] = self._lz4_planes(split, buffers).payload_bytes
+        if packed is not None:
+            # Three times as fast as LZ4 on the same bytes.
+            sizes["packed"] = self._packed(packed, buffers).payload_bytes * _LZ4_WORTH
+        choice.learnt(min(sizes, key=sizes.__getitem__))
+        return self._lz4(buffers, dtype, choice)
+
+    def _lz4_planes(self, filter_code: int, buffers: Sequence[U8]) -> EncodedPage:
+        planes: list[Plane] = []
+        for number, plane in enumerate(self._split(filter_code, buffers)):
+            if (number == 0 and len(plane)) or _pays(_lz4_compress, plane):
+                planes.append(_if_smaller(_lz4_compress(plane.data), plane))
             else:
-                data = self._zstd1.compress(plane.data)
-            packed.append(data if len(data) < len(plane) - (len(plane) >> 6) else None)
-        frame = self._frame_lz4 if self.codec == "lz4" else self._frame_zstd
-        return frame(filter_code, packed, [[plane] for plane in planes])
-
-    def _frame_lz4(
-        self, filter_code: int, packed: Sequence[bytes | None], planes: Sequence[Sequence[U8]]
-    ) -> EncodedPage:
-        pieces: list[Piece] = [LZ4_FRAME_HEAD]
-        sizes = []
-        for data, plane in zip(packed, planes, strict=True):
-            # A block of no bytes would be the end mark.
-            if data is not None:
-                pieces += [struct.pack("<I", len(data)), data]
-                sizes.append(len(data))
-            elif total := sum(map(len, plane)):
-                pieces += [struct.pack("<I", _LZ4_STORED | total), *plane]
-                sizes.append(total)
-            else:
-                sizes.append(0)
-        pieces.append(LZ4_END)
-        return _encoded(filter_code, pieces, sizes, packed)
-
-    def _frame_zstd(
-        self, filter_code: int, packed: Sequence[bytes | None], planes: Sequence[Sequence[U8]]
-    ) -> EncodedPage:
-        pieces: list[Piece] = []
-        sizes = []
-        for data, plane in zip(packed, planes, strict=True):
-            frame = [data] if data is not None else _raw_zstd_frame(plane, sum(map(len, plane)))
-            sizes.append(sum(map(_piece_bytes, frame)))
-            pieces += frame
-        return _encoded(filter_code, pieces, sizes, packed)
+                planes.append([plane])
+        return build_payload("lz4", filter_code, planes)
 
 
-def _encoded(
-    filter_code: int, pieces: list[Piece], sizes: list[int], packed: Sequence[bytes | None]
-) -> EncodedPage:
-    crc = total = 0
-    for piece in pieces:
-        crc = zlib.crc32(piece if isinstance(piece, bytes) else piece.data, crc)
-        total += _piece_bytes(piece)
-    padding = (0,) * (MAX_PLANES - len(sizes))
-    encodings = tuple(STORED if data is None else COMPRESSED for data in packed)
-    return EncodedPage(filter_code, pieces, total, crc, tuple(sizes) + padding, encodings + padding)
+def _lz4_compress(data: Bytes) -> bytes:
+    compressed: bytes = lz4.block.compress(data, store_size=False)
+    return compressed
+
+
+def _if_smaller(data: bytes, plane: U8) -> Plane:
+    return data if len(data) < _WORTH * len(plane) else [plane]
+
+
+def _pays(compress: Any, plane: U8) -> bool:
+    """Whether compressing a plane is worth a try, by a sample of it: 16 KiB, 1 % of the time of a page."""
+    stride = len(plane) // _SAMPLE_SLICES
+    if stride <= _SAMPLE_SLICE_BYTES:
+        return len(plane) > 0
+    slices = plane[: stride * _SAMPLE_SLICES].reshape(_SAMPLE_SLICES, stride)[:, :_SAMPLE_SLICE_BYTES]
+    sample = np.ascontiguousarray(slices)
+    return len(compress(sample.reshape(-1).data)) < 0.98 * sample.size
 
 
 def encode_directory(codec: str, raw: bytes) -> tuple[int, bytes]:
     """``(encoding, stored bytes)`` of a directory."""
-    if codec == "zstd":
-        data = zstandard.ZstdCompressor(level=1).compress(raw)
-    else:
-        data = lz4.block.compress(raw, store_size=False)
+    data = zstandard.ZstdCompressor(level=1).compress(raw) if codec == "zstd" else _lz4_compress(raw)
     return (COMPRESSED, data) if len(data) < len(raw) else (STORED, raw)
 
 
 class _ThreadState(threading.local):
     def __init__(self) -> None:
         self.decompressor = zstandard.ZstdDecompressor()
-        self.splitter = filters.PlaneSplitter()
+        self.planes = filters.Planes()
 
 
 _thread_state = _ThreadState()
@@ -230,52 +212,42 @@ def decode_directory(header: BlockHeader, stored: Bytes) -> bytes:
     return unpack(stored, header.directory_raw_bytes)
 
 
-def _unraw_zstd(data: memoryview, raw_bytes: int) -> U8:
-    """The bytes of a hand-built frame of raw blocks, without the decompressor's two passes."""
-    plane = np.empty(raw_bytes, np.uint8)
-    position = _ZSTD_RAW_HEAD.size
-    for start in range(0, raw_bytes, _ZSTD_BLOCK_BYTES):
-        size = min(_ZSTD_BLOCK_BYTES, raw_bytes - start)
-        position += 3
-        if position + size > len(data):
-            raise CorruptStreamError("a stored plane is shorter than its page")
-        plane[start : start + size] = np.frombuffer(data, np.uint8, size, position)
-        position += size
-    return plane
-
-
 def decode_page(header: BlockHeader, payload: memoryview) -> U8:
     """The raw bytes of a page, from a payload whose checksum was verified.
 
     A page that is stored in one piece comes back as a view on the payload.
     """
-    sizes = filters.plane_sizes(header.filter, header.raw_bytes)
     lz4_family = header.codec != CODEC_CODES["zstd"]
+    sizes = filters.plane_sizes(header.filter, header.raw_bytes)
     planes: list[U8] = []
     position = len(LZ4_FRAME_HEAD) if lz4_family else 0
     for size, stored_bytes, encoding in zip(sizes, header.plane_bytes, header.plane_encodings, strict=False):
-        if lz4_family and size:
-            position += 4
+        if lz4_family and stored_bytes:
+            position += LZ4_BLOCK_HEAD_BYTES
         data = payload[position : position + stored_bytes]
         position += stored_bytes
         if len(data) != stored_bytes:
             raise CorruptStreamError("the planes of a block are longer than its payload")
-        if encoding == COMPRESSED:
-            plane = np.frombuffer((_unlz4 if lz4_family else _unzstd)(data, size), np.uint8)
-        elif encoding != STORED:
-            raise UnsupportedStreamError(f"this version does not know encoding {encoding}")
-        elif not lz4_family:
-            plane = _unraw_zstd(data, size)
-        elif stored_bytes != size:
-            raise CorruptStreamError(f"a stored plane has {stored_bytes} bytes where {size} are due")
-        else:
-            plane = np.frombuffer(data, np.uint8)
-        planes.append(plane)
+        planes.append(_decode_plane(data, size, encoding, lz4_family))
     if header.filter == filters.PLAIN:
         return planes[0]
-    page = np.empty(header.raw_bytes, np.uint8)
-    _thread_state.splitter.join(header.filter, planes, page)
-    return page
+    return _thread_state.planes.join(header.filter, planes, header.raw_bytes)
+
+
+def _decode_plane(data: memoryview, size: int | None, encoding: int, lz4_family: bool) -> U8:
+    if encoding == COMPRESSED and size is not None:
+        return np.frombuffer((_unlz4 if lz4_family else _unzstd)(data, size), np.uint8)
+    if encoding != STORED:
+        raise UnsupportedStreamError(
+            f"this version does not know encoding {encoding} of a plane of {size} bytes"
+        )
+    if size is None:
+        size = len(data) if lz4_family else stored_zstd_bytes(len(data))
+    if not lz4_family:
+        return stored_zstd_plane(data, size)
+    if len(data) != size:
+        raise CorruptStreamError(f"a stored plane has {len(data)} bytes where {size} are due")
+    return np.frombuffer(data, np.uint8)
 
 
 def backend_versions() -> dict[str, Any]:

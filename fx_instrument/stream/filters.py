@@ -2,13 +2,13 @@
 
 Floats are noise in sign and mantissa, and narrow in the exponent: cut into planes of bytes, the plane with the
 exponent compresses to its entropy and the others are best left alone. A plane holds the same bytes of all
-elements of a page, in page order. Everything runs in pieces of ``_PIECE`` elements through buffers that stay in
+elements of a page, in page order. Everything runs in pieces of ``PIECE`` elements through buffers that stay in
 the L2 cache (64 KiB: three times as fast as over a whole page), in NumPy calls that release the GIL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,16 @@ ROTATED32 = 4
 """32-bit elements rotated left by one bit (float32: the first plane is the whole exponent), then SPLIT32."""
 SPLIT64 = 5
 """64-bit elements: bits 56-63, bits 48-55, bits 32-47, bits 0-31."""
+PACKED16 = 6
+"""ROTATED16 with the exponents in four bits each: planes nibbles, low bytes, exceptions."""
+PACKED32 = 7
+"""ROTATED32 with the exponents in four bits each: planes nibbles, bits 16-23, bits 0-15, exceptions.
+
+Of each piece of 32768 elements a top exponent t is chosen. An exponent e is the nibble t - e where that is from 0
+to 14, else 15. The nibbles of a piece of m elements are (m + 1) // 2 bytes: byte i holds element i low and element
+(m + 1) // 2 + i high (0 if there is none). The exceptions are the t of all pieces, then, in order, every exponent
+whose nibble is 15.
+"""
 
 _WIDTHS: dict[int, tuple[int, ...]] = {
     PLAIN: (1,),
@@ -37,11 +47,15 @@ _WIDTHS: dict[int, tuple[int, ...]] = {
     SPLIT32: (1, 1, 2),
     ROTATED32: (1, 1, 2),
     SPLIT64: (1, 1, 2, 4),
+    PACKED16: (1, 1),
+    PACKED32: (1, 1, 2),
 }
-_ROTATED = (ROTATED16, ROTATED32)
-_PIECE = 32768
+_ROTATED = (ROTATED16, ROTATED32, PACKED16, PACKED32)
+_PACKED = (PACKED16, PACKED32)
+PIECE = 32768
+_EXCEPTION = 15
 
-_FLOAT_FILTERS = {
+_SPLIT_OF = {
     "bfloat16": ROTATED16,
     "float16": SPLIT16,
     "complex32": SPLIT16,
@@ -50,15 +64,21 @@ _FLOAT_FILTERS = {
     "float64": SPLIT64,
     "complex128": SPLIT64,
 }
+_PACKED_OF = {"bfloat16": PACKED16, "float32": PACKED32, "complex64": PACKED32}
 
 
-def filter_for(dtype: str) -> int:
-    """The filter that suits a dtype: planes for floats wider than a byte, PLAIN for everything else."""
-    return _FLOAT_FILTERS.get(dtype, PLAIN)
+def split_filter(dtype: str) -> int:
+    """The filter into planes that suits a dtype: PLAIN for everything but floats wider than a byte."""
+    return _SPLIT_OF.get(dtype, PLAIN)
 
 
-def plane_sizes(filter_code: int, raw_bytes: int) -> tuple[int, ...]:
-    """Raw bytes of each plane of a page; the errors are those of a file that says nonsense."""
+def packed_filter(dtype: str) -> int | None:
+    """The filter that is itself the compression, at two thirds of the gain of an entropy coder; None: none."""
+    return _PACKED_OF.get(dtype)
+
+
+def plane_sizes(filter_code: int, raw_bytes: int) -> tuple[int | None, ...]:
+    """Raw bytes of each plane of a page, None for one as long as it is stored; errors as of a file's nonsense."""
     try:
         widths = _WIDTHS[filter_code]
     except KeyError:
@@ -68,70 +88,205 @@ def plane_sizes(filter_code: int, raw_bytes: int) -> tuple[int, ...]:
         raise CorruptStreamError(
             f"a page of {raw_bytes} bytes holds no whole elements of {sum(widths)} bytes"
         )
-    return tuple(count * width for width in widths)
+    sizes = tuple(count * width for width in widths)
+    # All pieces but the last have an even number of elements.
+    return ((count + 1) // 2, *sizes[1:], None) if filter_code in _PACKED else sizes
 
 
-class PlaneSplitter:
-    """Splits pages into planes through scratch memory that it keeps: one for each thread."""
+class Planes:
+    """Splits pages into planes, and joins them, in scratch memory that it keeps: one for each thread."""
 
     def __init__(self) -> None:
-        self._scratch = np.empty(2 * _PIECE, np.uint64)
+        self._first = np.empty(PIECE, np.uint64)
+        self._second = np.empty(PIECE, np.uint64)
 
-    def split(self, filter_code: int, buffers: Iterable[U8], planes: Sequence[U8]) -> None:
-        """Fill ``planes`` (of ``plane_sizes``) from the page whose bytes are ``buffers`` one after another.
+    def split(self, filter_code: int, buffers: Sequence[U8], scratch: U8) -> list[U8]:
+        """The planes of the page whose bytes are ``buffers``, one after another, each of whole elements.
 
-        A buffer holds whole elements.
+        They lie in ``scratch``, which has room for the page.
         """
         widths = _WIDTHS[filter_code]
         element = np.dtype(f"<u{sum(widths)}")
+        total = sum(map(len, buffers))
+        packed = filter_code in _PACKED
+        planes, start = [], 0
+        for size in plane_sizes(filter_code, total):
+            if size is not None:
+                planes.append(scratch[start : start + size])
+                start += size
         outs = [plane.view(f"<u{width}") for plane, width in zip(planes, widths, strict=True)]
-        first = self._scratch[:_PIECE].view(element)[:_PIECE]
-        second = self._scratch[_PIECE:].view(element)[:_PIECE]
-        rotated = filter_code in _ROTATED
+        turned = self._first.view(element)[:PIECE]
+        shifted = self._second.view(element)[:PIECE]
+        exponents = self._second.view(np.uint8)[-PIECE:]
+        packer = _Packer(self._first.view(np.uint8)[-2 * PIECE :]) if packed else None
         bits = 8 * element.itemsize
         position = 0
-        for buffer in buffers:
-            source = buffer.view(element)
-            for start in range(0, len(source), _PIECE):
-                values = source[start : start + _PIECE]
-                count = len(values)
-                shifted = second[:count]
-                if rotated:
-                    turned = first[:count]
-                    np.right_shift(values, bits - 1, out=turned)
-                    np.add(turned, values, out=turned)
-                    np.add(turned, values, out=turned)
-                    values = turned
-                shift = bits
-                for out, width in zip(outs, widths, strict=True):
-                    shift -= 8 * width
-                    if shift:
-                        np.right_shift(values, shift, out=shifted)
-                        np.copyto(out[position : position + count], shifted, casting="unsafe")
-                    else:
-                        np.copyto(out[position : position + count], values, casting="unsafe")
-                position += count
+        for values in _pieces(buffers, element):
+            count = len(values)
+            if filter_code in _ROTATED:
+                piece = turned[:count]
+                np.right_shift(values, bits - 1, out=piece)
+                np.add(piece, values, out=piece)
+                np.add(piece, values, out=piece)
+                values = piece
+            shift = bits
+            for number, (out, width) in enumerate(zip(outs, widths, strict=True)):
+                shift -= 8 * width
+                target = out[position : position + count]
+                if packer is not None and number == 0:
+                    target = exponents[:count]
+                if shift:
+                    part = shifted[:count]
+                    np.right_shift(values, shift, out=part)
+                    np.copyto(target, part, casting="unsafe")
+                else:
+                    np.copyto(target, values, casting="unsafe")
+            if packer is not None:
+                packer.pack(exponents[:count], outs[0][position // 2 : (position + count + 1) // 2])
+            position += count
+        return [*planes, packer.exceptions()] if packer is not None else planes
 
-    def join(self, filter_code: int, planes: Sequence[U8], page: U8) -> None:
-        """Fill ``page`` from its planes: the inverse of ``split``."""
+    def join(self, filter_code: int, planes: Sequence[U8], raw_bytes: int) -> U8:
+        """The page of ``planes``: the inverse of ``split``."""
         widths = _WIDTHS[filter_code]
         element = np.dtype(f"<u{sum(widths)}")
-        sources = [plane.view(f"<u{width}") for plane, width in zip(planes, widths, strict=True)]
+        if filter_code in _PACKED:
+            planes = [_unpack(planes[0], planes[-1], raw_bytes // element.itemsize), *planes[1:-1]]
+        page = np.empty(raw_bytes, np.uint8)
         target = page.view(element)
-        scratch = self._scratch[:_PIECE].view(element)[:_PIECE]
+        sources = [plane.view(f"<u{width}") for plane, width in zip(planes, widths, strict=True)]
+        scratch = self._first.view(element)[:PIECE]
         bits = 8 * element.itemsize
-        for start in range(0, len(target), _PIECE):
-            values = target[start : start + _PIECE]
+        for start in range(0, len(target), PIECE):
+            values = target[start : start + PIECE]
             part = scratch[: len(values)]
-            np.copyto(values, sources[0][start : start + _PIECE])
+            np.copyto(values, sources[0][start : start + PIECE])
             for source, width in zip(sources[1:], widths[1:], strict=True):
                 np.left_shift(values, 8 * width, out=values)
-                np.copyto(part, source[start : start + _PIECE])
+                np.copyto(part, source[start : start + PIECE])
                 np.bitwise_or(values, part, out=values)
             if filter_code in _ROTATED:
                 np.left_shift(values, bits - 1, out=part)
                 np.right_shift(values, 1, out=values)
                 np.bitwise_or(values, part, out=values)
+        return page
+
+
+def _pieces(
+    buffers: Sequence[U8], element: np.dtype[np.unsignedinteger]
+) -> Iterator[npt.NDArray[np.unsignedinteger]]:
+    """The elements of the buffers in arrays of PIECE, the last one shorter.
+
+    A piece that spans buffers is copied together, so that pieces don't depend on how a page came about.
+    """
+    pending: list[npt.NDArray[np.unsignedinteger]] = []
+    room = PIECE
+    for buffer in buffers:
+        values = buffer.view(element)
+        start = 0
+        while start < len(values):
+            piece = values[start : start + room]
+            start += len(piece)
+            room -= len(piece)
+            pending.append(piece)
+            if not room:
+                yield pending[0] if len(pending) == 1 else np.concatenate(pending)
+                pending, room = [], PIECE
+    if pending:
+        yield pending[0] if len(pending) == 1 else np.concatenate(pending)
+
+
+class _Packer:
+    """Exponents to nibbles, piece by piece, and what does not fit in them."""
+
+    def __init__(self, scratch: U8) -> None:
+        self._codes = scratch[:PIECE]
+        self._mask = scratch[PIECE : 2 * PIECE]
+        self._tops = bytearray()
+        self._escaped: list[U8] = []
+        self._top: int | None = None
+
+    def pack(self, exponents: U8, nibbles: U8) -> None:
+        count = len(exponents)
+        codes, mask = self._codes[:count], self._mask[:count]
+        if self._top is None:
+            self._top = _best_top(exponents)
+        np.subtract(np.uint8(self._top), exponents, out=codes)
+        np.greater_equal(codes, _EXCEPTION, out=mask.view(np.bool_))
+        num_escaped = int(np.count_nonzero(mask.view(np.bool_)))
+        self._tops.append(self._top)
+        if num_escaped:
+            self._escaped.append(_escaped(exponents, mask, num_escaped))
+            # 0 or 255; np.minimum(codes, 15) takes ten times as long.
+            np.negative(mask, out=mask)
+            np.bitwise_or(codes, mask, out=codes)
+            np.bitwise_and(codes, 15, out=codes)
+            if num_escaped > count >> 6:
+                self._top = None
+        half = (count + 1) // 2
+        high = mask[:half]
+        high[-1] = 0
+        np.copyto(high[: count - half], codes[half:])
+        # Bytes below 16 shift in wider words as well; NumPy's shift of bytes is slow.
+        wide = high[: half & ~7].view(np.uint64)
+        np.left_shift(wide, 4, out=wide)
+        np.left_shift(high[half & ~7 :], 4, out=high[half & ~7 :])
+        np.bitwise_or(codes[:half], high, out=nibbles)
+
+    def exceptions(self) -> U8:
+        return np.concatenate([np.frombuffer(bytes(self._tops), np.uint8), *self._escaped])
+
+
+def _best_top(exponents: U8) -> int:
+    """The top of the 15 exponents that hold most of a sample."""
+    counts = np.bincount(exponents[:: max(1, len(exponents) // 2048)], minlength=256)
+    sums = np.cumsum(np.concatenate([np.zeros(_EXCEPTION, np.int64), counts]))
+    return int(np.argmax(sums[_EXCEPTION:] - sums[:-_EXCEPTION]))
+
+
+def _escaped(exponents: U8, mask: U8, num_escaped: int) -> U8:
+    """The exponents under the mask, in order: eight at a time, as few words have any."""
+    whole = len(mask) & ~7
+    if num_escaped > len(mask) >> 4:
+        return exponents[mask.view(np.bool_)]
+    words = np.flatnonzero(mask[:whole].view(np.uint64))
+    some = exponents[:whole].view(np.uint64)[words].view(np.uint8)
+    rest = exponents[whole:][mask[whole:].view(np.bool_)]
+    return np.concatenate([some[mask[:whole].view(np.uint64)[words].view(np.bool_)], rest])
+
+
+def _unpack(nibbles: U8, exceptions: U8, count: int) -> U8:
+    """The exponents of a packed page."""
+    num_pieces = -(-count // PIECE)
+    if len(exceptions) < num_pieces:
+        raise CorruptStreamError("a packed page lacks the tops of its pieces")
+    tops, escaped = exceptions[:num_pieces], exceptions[num_pieces:]
+    exponents = np.empty(count, np.uint8)
+    taken = 0
+    for number, start in enumerate(range(0, count, PIECE)):
+        piece = exponents[start : start + PIECE]
+        half = (len(piece) + 1) // 2
+        stored = nibbles[start // 2 : start // 2 + half]
+        np.bitwise_and(stored, 15, out=piece[:half])
+        np.copyto(piece[half:], _high_nibbles(stored)[: len(piece) - half])
+        mask = np.equal(piece, _EXCEPTION)
+        np.subtract(tops[number], piece, out=piece)
+        if num_escaped := int(np.count_nonzero(mask)):
+            if taken + num_escaped > len(escaped):
+                raise CorruptStreamError("a packed page lacks exponents")
+            piece[mask] = escaped[taken : taken + num_escaped]
+            taken += num_escaped
+    if taken != len(escaped):
+        raise CorruptStreamError("a packed page has exponents left over")
+    return exponents
+
+
+def _high_nibbles(stored: U8) -> U8:
+    padded = np.zeros(-(-len(stored) // 8) * 8, np.uint8)
+    np.bitwise_and(stored, 0xF0, out=padded[: len(stored)])
+    words = padded.view(np.uint64)
+    np.right_shift(words, 4, out=words)
+    return padded
 
 
 def gather(buffers: Sequence[U8], scratch: U8) -> U8:

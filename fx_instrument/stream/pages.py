@@ -51,6 +51,11 @@ class Page:
         """Sort the rows by site, keeping each site's order: alike values beside each other compress best."""
         self.rows.sort(key=_site_of)
 
+    def only_site(self) -> int:
+        """The site of all rows, sorted before; -1 if there are several."""
+        first, last = _site_of(self.rows[0]), _site_of(self.rows[-1])
+        return first if first == last else -1
+
     def directory(self) -> tuple[npt.NDArray[np.void], bytes, int]:
         """``(rows, raw directory, number of shapes)`` of the page as its rows lie now."""
         count = len(self.rows)

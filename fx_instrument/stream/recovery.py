@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from fx_instrument.errors import CorruptStreamError, StreamError, UnsupportedStreamError
-from fx_instrument.stream.codec import EMPTY_LZ4_FRAME, EMPTY_ZSTD_FRAME
 from fx_instrument.stream.frames import (
     BLOCK,
     CODEC_NAMES,
@@ -27,6 +26,7 @@ from fx_instrument.stream.frames import (
     segment_id_of,
 )
 from fx_instrument.stream.index import PartialKey, read_index
+from fx_instrument.stream.payload import EMPTY_LZ4_FRAME, EMPTY_ZSTD_FRAME
 from fx_instrument.stream.records import Damage, SiteEntry, record_bytes
 from fx_instrument.stream.segments import Block, Segment, empty_frame_at, parse_block, read_prolog
 

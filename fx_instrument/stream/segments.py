@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fx_instrument.errors import CorruptStreamError, NotAStreamError, StreamError, TruncatedStreamError
 from fx_instrument.stream.blocks import BlockHeader, Directory, read_directory
-from fx_instrument.stream.codec import EMPTY_LZ4_FRAME, EMPTY_ZSTD_FRAME, decode_directory
+from fx_instrument.stream.codec import decode_directory
 from fx_instrument.stream.frames import (
     BLOCK,
     INDEX,
@@ -24,6 +24,7 @@ from fx_instrument.stream.frames import (
     segment_id_of,
 )
 from fx_instrument.stream.index import PartialKey, read_index, read_tail
+from fx_instrument.stream.payload import EMPTY_LZ4_FRAME, EMPTY_ZSTD_FRAME
 from fx_instrument.stream.records import Damage, SiteEntry
 
 

@@ -16,12 +16,14 @@ from typing import Any
 
 from fx_instrument.errors import CaptureFailedError
 from fx_instrument.stream.blocks import MAX_PAGE_BYTES, MAX_ROWS, BlockHeader
-from fx_instrument.stream.codec import LEAD_BYTES, EncodedPage, PageEncoder, empty_frame, encode_directory
+from fx_instrument.stream.codec import PageEncoder, empty_frame, encode_directory
 from fx_instrument.stream.frames import ALIGNMENT, CODEC_CODES, SEGMENT_ID_BYTES, Prolog, write_sites
 from fx_instrument.stream.index import IndexRow, write_index
 from fx_instrument.stream.pages import U8, Countdown, Page, Row
+from fx_instrument.stream.payload import LEAD_BYTES, EncodedPage
 from fx_instrument.stream.records import DTYPES, RecordMeta, SiteEntry, record_bytes
 from fx_instrument.stream.resume import Resumed, resume_file
+from fx_instrument.stream.tiers import Choices
 
 DEFAULT_MEMORY_BYTES = 64 << 20
 MIN_PAGE_BYTES = 16 << 10
@@ -88,6 +90,7 @@ class StreamWriter:
         self._sizes: dict[tuple[str, tuple[int, ...]], int] = {}
         self._open: dict[str, Page] = {}
         self._queue: queue.SimpleQueue[Page | None] = queue.SimpleQueue()
+        self._choices = Choices()
         self._sequence = 0
         self._turn = 0
         self._turn_changed = threading.Condition()
@@ -257,7 +260,7 @@ class StreamWriter:
             try:
                 if self.failure is None and not self._abandoned:
                     if encoder is None:
-                        encoder = PageEncoder(self.codec, self.page_bytes)
+                        encoder = PageEncoder(self.codec, self.page_bytes, self._choices)
                     self._store(page, encoder)
             except BaseException as error:
                 self._fail(error)
@@ -293,7 +296,7 @@ class StreamWriter:
 
     def _store(self, page: Page, encoder: PageEncoder) -> None:
         page.group_by_site()
-        encoded = encoder.encode([row[1] for row in page.rows], page.dtype)
+        encoded = encoder.encode([row[1] for row in page.rows], page.dtype, site=page.only_site())
         rows, raw_directory, num_shapes = page.directory()
         directory_encoding, directory = encode_directory(self.codec, raw_directory)
         steps = rows["step"]

@@ -1,0 +1,129 @@
+"""Payloads of standard frames, built by hand around compressed and stored planes, and taken apart again.
+
+A zstd payload is a frame for each plane; an LZ4 payload is one frame with a block for each plane.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from fx_instrument.errors import CorruptStreamError
+from fx_instrument.stream.blocks import COMPRESSED, MAX_PLANES, STORED
+
+U8 = npt.NDArray[np.uint8]
+Piece: TypeAlias = "bytes | U8"
+
+EMPTY_ZSTD_FRAME = bytes.fromhex("28b52ffd2000010000")
+LZ4_FRAME_HEAD = bytes.fromhex("04224d18607073")
+"""Version 1, independent blocks of at most 4 MiB, no checksums, no content size."""
+LZ4_BLOCK_HEAD_BYTES = 4
+LZ4_END = bytes(4)
+EMPTY_LZ4_FRAME = LZ4_FRAME_HEAD + LZ4_END
+LEAD_BYTES = len(LZ4_FRAME_HEAD) + LZ4_BLOCK_HEAD_BYTES
+"""What stands before the values of a page that is stored in one piece."""
+_LZ4_STORED = 1 << 31
+_ZSTD_RAW_HEAD = struct.Struct("<4sBI")
+_ZSTD_BLOCK_BYTES = 128 << 10
+
+
+@dataclass(slots=True)
+class EncodedPage:
+    """The payload of a block as pieces of memory; they point into the encoder's scratch until its next call."""
+
+    filter: int
+    pieces: list[Piece]
+    payload_bytes: int
+    payload_crc: int
+    plane_bytes: tuple[int, ...]
+    plane_encodings: tuple[int, ...]
+
+
+Plane: TypeAlias = "bytes | Sequence[U8]"
+"""Compressed bytes, or the buffers of a stored plane."""
+
+
+def build_payload(family: str, filter_code: int, planes: Sequence[Plane]) -> EncodedPage:
+    """The payload of planes in a file of the family "zstd" or "lz4"; buffers are not copied."""
+    pieces: list[Piece] = []
+    sizes: list[int] = []
+    if family == "lz4":
+        pieces.append(LZ4_FRAME_HEAD)
+    for plane in planes:
+        if family == "lz4":
+            block, size = _lz4_block(plane)
+            pieces += block
+        elif isinstance(plane, bytes):
+            pieces.append(plane)
+            size = len(plane)
+        else:
+            frame = _raw_zstd_frame(plane, sum(map(len, plane)))
+            pieces += frame
+            size = sum(map(len, frame))
+        sizes.append(size)
+    if family == "lz4":
+        pieces.append(LZ4_END)
+    crc = total = 0
+    for piece in pieces:
+        crc = zlib.crc32(piece if isinstance(piece, bytes) else piece.data, crc)
+        total += len(piece)
+    padding = (0,) * (MAX_PLANES - len(sizes))
+    encodings = tuple(COMPRESSED if isinstance(plane, bytes) else STORED for plane in planes)
+    return EncodedPage(filter_code, pieces, total, crc, (*sizes, *padding), (*encodings, *padding))
+
+
+def _lz4_block(plane: Plane) -> tuple[list[Piece], int]:
+    if isinstance(plane, bytes):
+        return [struct.pack("<I", len(plane)), plane], len(plane)
+    total = sum(map(len, plane))
+    # A block of no bytes would be the end mark.
+    return ([struct.pack("<I", _LZ4_STORED | total), *plane], total) if total else ([], 0)
+
+
+def _raw_zstd_frame(buffers: Iterable[U8], total: int) -> list[Piece]:
+    """A zstd frame of raw blocks around the buffers (RFC 8878, 3.1.1)."""
+    pieces: list[Piece] = [_ZSTD_RAW_HEAD.pack(b"\x28\xb5\x2f\xfd", 0xA0, total)]
+    left, room = total, 0
+    for buffer in buffers:
+        start = 0
+        while start < len(buffer):
+            if not room:
+                room = min(left, _ZSTD_BLOCK_BYTES)
+                left -= room
+                pieces.append((room << 3 | (not left)).to_bytes(3, "little"))
+            part = buffer[start : start + room]
+            pieces.append(part)
+            start += len(part)
+            room -= len(part)
+    if not total:
+        pieces.append(b"\x01\0\0")
+    return pieces
+
+
+def stored_zstd_plane(data: memoryview, raw_bytes: int) -> U8:
+    """The bytes of a hand-built zstd frame, without the decompressor's two passes."""
+    plane = np.empty(raw_bytes, np.uint8)
+    position = _ZSTD_RAW_HEAD.size
+    for start in range(0, raw_bytes, _ZSTD_BLOCK_BYTES):
+        size = min(_ZSTD_BLOCK_BYTES, raw_bytes - start)
+        position += 3
+        if position + size > len(data):
+            raise CorruptStreamError("a stored plane is shorter than its page")
+        plane[start : start + size] = np.frombuffer(data, np.uint8, size, position)
+        position += size
+    return plane
+
+
+def stored_zstd_bytes(frame_bytes: int) -> int:
+    """Raw bytes of a hand-built zstd frame of so many bytes."""
+    rest = frame_bytes - _ZSTD_RAW_HEAD.size
+    blocks = max(1, -(-rest // (_ZSTD_BLOCK_BYTES + 3)))
+    if rest < 3 * blocks:
+        raise CorruptStreamError(f"a zstd frame of raw blocks has {frame_bytes} bytes")
+    return rest - 3 * blocks
