@@ -49,6 +49,8 @@ _HUFFMAN_ONLY = zstandard.ZstdCompressionParameters(
 _WORTH = 0.99
 """A slower method, or any at all, must make a page at least so much smaller."""
 _LZ4_WORTH = 0.97
+_PROBE_BYTES = 128 << 10
+"""Of a plane: enough for zstd-1 to meet tokens again."""
 _SAMPLE_SLICES, _SAMPLE_SLICE_BYTES = 4, 4096
 _DIRECT_BYTES = 32 << 10
 """From this mean size of buffers on they are split where they lie; smaller ones are gathered first."""
@@ -108,17 +110,16 @@ class PageEncoder:
         first, *others = self._split(filter_code, buffers)
         planes: list[Plane] = []
         if choice.probe:
-            huffman, zstd1 = self._huffman.compress(first.data), self._zstd1.compress(first.data)
-            total = sum(map(len, buffers)) - len(first)
-            matching = total + len(zstd1) < _WORTH * (total + len(huffman))
-            choice.learnt("zstd1" if matching else "huffman")
-            data = zstd1 if matching else huffman
-        else:
-            data = (self._zstd1 if choice.method == "zstd1" else self._huffman).compress(first.data)
-        planes.append(_if_smaller(data, first))
+            sample = _middle([first], _PROBE_BYTES)
+            share = len(sample) / max(1, len(first))
+            rest = share * sum(map(len, others))
+            huffman, zstd1 = len(self._huffman.compress(sample.data)), len(self._zstd1.compress(sample.data))
+            choice.learnt("zstd1" if rest + zstd1 < _WORTH * (rest + huffman) else "huffman")
+        compressor = self._zstd1 if choice.method == "zstd1" else self._huffman
+        planes.append(_if_smaller(compressor.compress(first.data), first))
         for plane in others:
-            compressor = self._zstd1.compress
-            planes.append(_if_smaller(compressor(plane.data), plane) if _pays(compressor, plane) else [plane])
+            compress = self._zstd1.compress
+            planes.append(_if_smaller(compress(plane.data), plane) if _pays(compress, plane) else [plane])
         return build_payload("zstd", filter_code, planes)
 
     def _lz4(self, buffers: Sequence[U8], dtype: str, choice: Choice) -> EncodedPage:
@@ -129,12 +130,13 @@ class PageEncoder:
         split = filters.split_filter(dtype)
         if not choice.probe:
             return self._lz4_planes(split if choice.method == "planes" else filters.PLAIN, buffers)
-        sizes: dict[str, float] = {"plain": self._lz4_planes(filters.PLAIN, buffers).payload_bytes}
+        sample = [_middle(buffers, 2 * _PROBE_BYTES)]
+        sizes: dict[str, float] = {"plain": self._lz4_planes(filters.PLAIN, sample).payload_bytes}
         if split != filters.PLAIN:
-            sizes["planes"] = self._lz4_planes(split, buffers).payload_bytes
+            sizes["planes"] = self._lz4_planes(split, sample).payload_bytes
         if packed is not None:
             # Three times as fast as LZ4 on the same bytes.
-            sizes["packed"] = self._packed(packed, buffers).payload_bytes * _LZ4_WORTH
+            sizes["packed"] = self._packed(packed, sample).payload_bytes * _LZ4_WORTH
         choice.learnt(min(sizes, key=sizes.__getitem__))
         return self._lz4(buffers, dtype, choice)
 
@@ -146,6 +148,18 @@ class PageEncoder:
             else:
                 planes.append([plane])
         return build_payload("lz4", filter_code, planes)
+
+
+def _middle(buffers: Sequence[U8], limit: int) -> U8:
+    """At most ``limit`` bytes from the middle of a page, cut at multiples of 64."""
+    skip = max(0, sum(map(len, buffers)) - limit) // 2 & -64
+    parts = []
+    for buffer in buffers:
+        part = buffer[skip : skip + limit]
+        skip = max(0, skip - len(buffer))
+        limit -= len(part)
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _lz4_compress(data: Bytes) -> bytes:

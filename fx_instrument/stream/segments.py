@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ from fx_instrument.stream.frames import (
     segment_id_of,
 )
 from fx_instrument.stream.index import PartialKey, read_index, read_tail
-from fx_instrument.stream.payload import EMPTY_LZ4_FRAME, EMPTY_ZSTD_FRAME
+from fx_instrument.stream.payload import EMPTY_LZ4_FRAME, EMPTY_ZSTD_FRAME, checksum
 from fx_instrument.stream.records import Damage, SiteEntry
 
 
@@ -73,7 +72,7 @@ class Block:
     def payload(self, data: memoryview) -> memoryview:
         """The stored payload, its checksum verified."""
         payload = data[self.payload_start : self.end]
-        if zlib.crc32(payload) != self.header.payload_crc:
+        if checksum(np.frombuffer(payload, np.uint8)) != self.header.payload_crc:
             raise CorruptStreamError(
                 f"the payload of block {self.header.sequence} (bytes {self.payload_start} to {self.end}) "
                 f"contradicts its checksum"
