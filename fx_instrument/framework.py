@@ -278,8 +278,9 @@ class Capture:
             progress=self._progress,
         )
         framework._capture = self
-        attachment.marker.sink = self._session
+        # In this order: whoever sees the sink finds the capturing variant, in other threads too.
         attachment.marker.capturing = True
+        attachment.marker.sink = self._session
         return self
 
     def __exit__(
@@ -288,8 +289,8 @@ class Capture:
         framework, session = self._framework, self._session
         assert session is not None, "a context manager is left after it was entered"
         marker = framework._attached("capture_activations").marker
-        marker.capturing = False
         marker.sink = None
+        marker.capturing = False
         framework._capture = None
         try:
             session.close()

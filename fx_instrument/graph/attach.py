@@ -46,11 +46,16 @@ class Attachment:
     def compile(self, backend: Callable[..., Any], **options: Any) -> None:
         """Compile the model in place, so that ``model(...)`` and ``model.generate(...)`` run the rewritten graph."""
         model = self.model
-        compiled = torch.compile(model._call_impl, backend=backend, **options)
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+            # Dynamo keeps compiled code by code object, which all instances of a class share. Entries of its own
+            # give each model, and each of its two variants, the whole recompile limit (8), and keep the guards of
+            # one out of the other's lookups.
+            options["isolate_recompiles"] = True
+        idle, capturing = (torch.compile(model._call_impl, backend=backend, **options) for _ in range(2))
         for module in (model,) if self._outer is None else (model, self._outer):
             # In the instance's __dict__, as Module.compile leaves it; absent where only the class has it.
             self._before.append((module, module.__dict__.get("_compiled_call_impl")))
-            module.__dict__["_compiled_call_impl"] = CountedCall(compiled, self.marker, self._input_names)
+            module.__dict__["_compiled_call_impl"] = CountedCall(idle, capturing, self.marker, self._input_names)
         generation_config = getattr(model, "generation_config", None)
         if generation_config is not None and hasattr(generation_config, "disable_compile"):
             # On accelerators generate() compiles static-cache decoding itself, past this backend.
@@ -116,18 +121,25 @@ def check_free(model: nn.Module) -> None:
 class CountedCall:
     """A compiled forward call that tells the open capture where a step begins and ends; stands outside the graph."""
 
-    def __init__(self, compiled: Callable[..., Any], marker: Marker, input_names: Sequence[str]) -> None:
-        self._compiled = compiled
+    def __init__(
+        self,
+        idle: Callable[..., Any],
+        capturing: Callable[..., Any],
+        marker: Marker,
+        input_names: Sequence[str],
+    ) -> None:
+        self._idle = idle
+        self._capturing = capturing
         self._marker = marker
         self._input_names = input_names
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         sink = self._marker.sink
         if sink is None or torch.compiler.is_dynamo_compiling():
-            return self._compiled(*args, **kwargs)
+            return self._idle(*args, **kwargs)
         sink.begin_step(_integer_inputs(self._input_names, args, kwargs))
         try:
-            return self._compiled(*args, **kwargs)
+            return self._capturing(*args, **kwargs)
         except BackendCompilerFailed as failure:
             # Dynamo wraps whatever a backend raises; what this package says reaches the caller as it was said.
             inner = failure.inner_exception
