@@ -242,8 +242,8 @@ class ActivationStream:
         site_id = self._ids.get(site)
         if site_id is None:
             raise MissingRecordError(f"{self.path} has no site {site!r}; {self.near_sites(site)}")
-        ref = self._reader.find(site_id, step, call)
-        if ref is None:
+        found = self.find(site, step, call)
+        if found is None:
             refs = self._reader.refs(site_id)
             calls = [ref.call for ref in refs if ref.step == step]
             if calls:
@@ -255,7 +255,13 @@ class ActivationStream:
             raise MissingRecordError(
                 f"{self.path} has no record of {site!r} at step {step}, call {call}: {there}"
             )
-        return Record(self, site, ref)
+        return found
+
+    def find(self, site: str, step: int, call: int = 0) -> Record | None:
+        """The record of one site in one forward call, not yet read; None if there is none."""
+        site_id = self._ids.get(site)
+        ref = self._reader.find(site_id, step, call) if site_id is not None else None
+        return Record(self, site, ref) if ref is not None else None
 
     def inputs(self, step: int) -> dict[str, torch.Tensor]:
         """The integer inputs of one forward call as they were passed, by argument name.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import json
 import math
 import sys
@@ -109,9 +110,7 @@ def info(file: Path, as_json: bool, recover: bool) -> None:
     """Say where FILE comes from and what it holds, without reading the values."""
     with open_stream(file, recover=recover) as stream:
         found = describe(stream)
-        sites = [
-            {"name": site.name, "role": site.role, "records": len(stream[site.name])} for site in stream.sites
-        ]
+        sites = [{"name": site.name, "role": site.role} for site in stream.sites]
         inputs = list(stream.input_names)
     if as_json:
         _print_json({**found, "sites": sites, "inputs": inputs})
@@ -282,7 +281,9 @@ def head(file: Path, records: int, values: int, globs: Sequence[str], recover: b
     with open_stream(file, recover=recover) as stream:
         names = [site.name for site in stream.sites]
         chosen = _choose(names, globs) if globs else names
-        found = [_head_row(record, values) for record in _first_records(stream, chosen, records)]
+        found = [
+            _head_row(record, values) for record in itertools.islice(_first_records(stream, chosen), records)
+        ]
     if as_json:
         _print_json(found)
         return
@@ -365,13 +366,15 @@ def _choose(names: Sequence[str], globs: Sequence[str]) -> list[str]:
     return chosen
 
 
-def _first_records(stream: ActivationStream, sites: Sequence[str], count: int) -> Iterator[Record]:
-    """The first records by step, then site, then call, without reading any."""
-    found: list[tuple[tuple[int, int, int], Record]] = []
-    for order, site in enumerate(sites):
-        found += [((record.step, order, record.call), record) for record in stream[site][:count]]
-    for _, record in sorted(found, key=lambda pair: pair[0])[:count]:
-        yield record
+def _first_records(stream: ActivationStream, sites: Sequence[str]) -> Iterator[Record]:
+    """Records by step, then site, then call, found through the index one by one."""
+    for step in range(stream.num_steps):
+        for site in sites:
+            for call in itertools.count():
+                record = stream.find(site, step, call)
+                if record is None:
+                    break
+                yield record
 
 
 def _head_row(record: Record, num_values: int) -> dict[str, Any]:

@@ -112,7 +112,8 @@ class _Selection:
     def __init__(self, stream: ActivationStream, sites: frozenset[str], progress: Progress | None) -> None:
         self.stream = stream
         self.sites = [site for site in stream.sites if site.name in sites]
-        self.num_records = sum(len(stream[site.name]) for site in self.sites)
+        everything = len(self.sites) == len(stream.sites)
+        self.num_records = len(stream) if everything else sum(len(stream[site.name]) for site in self.sites)
         self._progress = progress
 
     def __iter__(self) -> Iterator[Record]:

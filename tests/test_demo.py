@@ -60,6 +60,12 @@ def test_columns_of_a_sequence_leave_out_padding_and_what_follows_its_end(tmp_pa
         assert (ids, columns.tolist(), num_prompt) == ([3, 4, 5, 6, 7, 7, 7], list(range(7)), 4)
 
 
+def test_a_prompt_without_a_mask_has_no_padding(tmp_path, steps):
+    inputs = [{"input_ids": step["input_ids"]} for step in INPUTS]
+    with open_stream(write_stream(tmp_path / "a.stream", steps, inputs=inputs)) as stream:
+        assert _tokens_of(stream, 0, end_token=9)[1].tolist() == [0, 1, 2, 3, 4]
+
+
 def test_norm_maps_hold_the_norms_of_every_layer_and_token(tmp_path, steps):
     columns = np.array([1, 3, 6])
     with open_stream(write_stream(tmp_path / "a.stream", steps)) as stream:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,7 +195,7 @@ def _check(
             inputs = stream.inputs(step)
             if not all(torch.equal(inputs["input_ids"], run.ids[step]) for run in (hooked, wider)):
                 continue
-            kept = inputs["attention_mask"][:, -expected.shape[1] :].bool().unsqueeze(-1).expand_as(expected)
+            kept = _mask(inputs)[:, -expected.shape[1] :].unsqueeze(-1).expand_as(expected)
             record = stream.record(name, step)
             places = record.positions()
             if places is None:
@@ -223,6 +223,12 @@ def _check(
     return checks
 
 
+def _mask(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Which tokens are no padding; ``generate`` passes no mask where there is none."""
+    mask = inputs.get("attention_mask")
+    return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+
 def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
@@ -241,7 +247,7 @@ def _tokens_of(
     """Ids of one sequence's tokens as the model read them, their columns over all steps, and the prompt's length."""
     steps = [stream.inputs(step) for step in range(stream.num_steps)]
     ids = torch.cat([step["input_ids"][sequence] for step in steps])
-    prompt_mask = steps[0]["attention_mask"][sequence].bool()
+    prompt_mask = _mask(steps[0])[sequence]
     is_token = torch.cat([prompt_mask, torch.ones(len(ids) - len(prompt_mask), dtype=torch.bool)])
     ends = (ids[len(prompt_mask) :] == end_token).nonzero()
     if len(ends):
@@ -273,7 +279,7 @@ def _print(
         f"{report.stalled_seconds:.3f} s for the buffer (peak {report.peak_buffer_bytes / 1e6:.1f} MB)"
     )
     for check in checks:
-        verdict = f"{check.difference:.1e} apart"
+        verdict = "bit-equal" if check.bit_equal else f"{check.difference:.1e} apart"
         if not check.bit_equal:
             verdict += (
                 f"; from a wider dtype {check.captured_error:.1e}, eager itself {check.eager_error:.1e}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
+import io
 import os
 import subprocess
 import sys
@@ -60,8 +62,6 @@ def load_model(dtype: torch.dtype) -> tuple[Any, Any]:
     Raises:
         MissingPackageError: transformers or gguf is not installed.
     """
-    # Reading the GGUF file draws a tqdm bar that transformers' own switch does not reach.
-    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         # transformers needs the other two to read the file, and asks for them one by one.
         for package in ("gguf", "accelerate"):
@@ -79,7 +79,9 @@ def load_model(dtype: torch.dtype) -> tuple[Any, Any]:
     if hasattr(transformers, "GgufConfig"):
         # Plain dense weights: newer releases would keep the GGUF blocks where a kernel for them is installed.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **options)
+    # Reading the GGUF file draws a bar that transformers' own switch does not reach.
+    with contextlib.redirect_stderr(io.StringIO()):
+        model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **options)
     return model.eval(), tokenizer
 
 
