@@ -32,7 +32,7 @@ from .errors import (
 )
 from .export import FORMATS, export_stream
 from .repair import recover_stream
-from .site_table import site_table
+from .site_table import info_table, site_table
 from .version import __version__
 
 EXIT_DAMAGED, EXIT_USAGE, EXIT_UNREADABLE, EXIT_MISSING_PACKAGE, EXIT_FAILED = 1, 2, 3, 4, 5
@@ -116,40 +116,7 @@ def info(file: Path, as_json: bool, recover: bool) -> None:
         _print_json({**found, "sites": sites, "inputs": inputs})
         return
     console = _console()
-    table = Table.grid(padding=(0, 2))
-    model, config = found["model"] or {}, found["config"] or {}
-    hooks = config.get("hook_config") or {}
-    roles = ", ".join(
-        f"{sum(site['role'] == role for site in sites)} {role}" for role in {s["role"]: 0 for s in sites}
-    )
-    rows = {
-        "file": f"{found['file']}  ({_bytes(found['stored_bytes'])})",
-        "model": " ".join(
-            str(model[key]) for key in ("class", "name_or_path", "dtype", "device") if model.get(key)
-        ),
-        "granularity": config.get("granularity"),
-        "sampling": f"rate {hooks.get('sampling_rate')}, seed {hooks.get('seed')}"
-        if config.get("granularity") == HookGranularity.SAMPLED_SLICES.value
-        else None,
-        "target layers": ", ".join(hooks["target_layers"]) if hooks.get("target_layers") else None,
-        "sites": f"{len(sites)} ({roles})",
-        "steps": found["steps"],
-        "records": found["records"],
-        "values": f"{_bytes(found['raw_bytes'])}, {found['ratio']:.2f}x smaller in the file ({found['codec']})",
-        "duration": None
-        if found["duration_s"] is None
-        else f"{found['duration_s']:.2f} s, {(found['achieved_gbps'] or 0) * 1000:.4g} MB/s captured, "
-        f"{found['stalled_seconds'] or 0:.3f} s stalled",
-        "dropped": sum((found["dropped_records"] or {}).values()) or None,
-        "eager records": found["eager_records"] or None,
-        "inputs": ", ".join(inputs) or None,
-        "versions": " ".join(f"{name} {version}" for name, version in (found["versions"] or {}).items()),
-        "damage": _damage(found["damage"]),
-    }
-    for name, value in rows.items():
-        if value is not None:
-            table.add_row(f"[bold]{name}[/]", escape(str(value)))
-    console.print(table)
+    console.print(info_table(found, sites, inputs))
 
 
 @cli.command(short_help="Print statistics of each site's values.")
@@ -417,17 +384,3 @@ def _console() -> Console:
 
 def _print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2))
-
-
-def _damage(damage: Sequence[dict[str, Any]]) -> str | None:
-    if not damage:
-        return None
-    lost = sum(gap["num_bytes"] for gap in damage)
-    return f"{len(damage)} gaps, {_bytes(lost)}: " + "; ".join(gap["reason"] for gap in damage[:3])
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"
