@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/overhead.py [--quick] [--json FILE]
 
-Every round runs each variant once, in an order that changes from round to round, and a variant's figure is the median over
-rounds of its time divided by that of "compiled, nothing captured" in the same round: a machine whose speed drifts
-drifts for both. Times are wall and CPU (all threads of the process, so the compressor's work counts there).
+Every round runs each variant once, in an order that changes from round to round, and a variant's figure is the
+median over rounds of its time divided by that of "compiled, nothing captured" in the same round: a machine whose
+speed drifts drifts for both. Times are wall and CPU (all threads of the process, so the compressor's work counts there).
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no eager variants")
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -121,7 +123,11 @@ def main() -> None:
     model, _ = load_model(getattr(torch, arguments.dtype))
     results: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "system": platform.platform()},
+        "machine": {
+            "processor": _processor(),
+            "threads": torch.get_num_threads(),
+            "system": platform.platform(),
+        },
         "versions": {"fx_instrument": fx_instrument.__version__, "torch": torch.__version__},
         "model": "SmolLM2-135M-Instruct",
         "dtype": arguments.dtype,
@@ -146,7 +152,12 @@ def main() -> None:
             print(f"\n{name}, batch {batch}, prompt {length}, {steps} steps, {arguments.dtype}")
             print(f"{'variant':28} {'time':>7} {'quartiles':>15} {'cpu time':>9} {'records':>8}")
             base = samples["compiled"]
-            table = results["workloads"][name] = {"batch": batch, "prompt": length, "steps": steps, "variants": {}}
+            table = results["workloads"][name] = {
+                "batch": batch,
+                "prompt": length,
+                "steps": steps,
+                "variants": {},
+            }
             for variant in chosen:
                 mine = samples[variant.name]
                 wall = [m.wall / b.wall for m, b in zip(mine, base, strict=True)]

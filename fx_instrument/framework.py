@@ -85,7 +85,8 @@ class InstrumentationFramework:
         unknown = set(compile_options) - {"mode", "dynamic", "fullgraph", "options"}
         if unknown:
             raise TypeError(
-                f"unknown compile options {sorted(unknown)}; torch.compile's mode, dynamic, fullgraph and options pass through"
+                f"unknown compile options {sorted(unknown)}; torch.compile's mode, dynamic, fullgraph and options "
+                f"pass through"
             )
         if backend is None and compile_options:
             raise TypeError("backend=None does not compile: give the compile options to torch.compile")
@@ -110,7 +111,9 @@ class InstrumentationFramework:
         except BaseException:
             attachment.detach()
             raise
-        self._backend_name = backend if isinstance(backend, str) else getattr(backend, "__name__", repr(backend))
+        self._backend_name = (
+            backend if isinstance(backend, str) else getattr(backend, "__name__", repr(backend))
+        )
         self._attachment = attachment
         log.info("instrumented %s: %d sites", type(attachment.model).__name__, len(sites))
         return model
@@ -127,14 +130,18 @@ class InstrumentationFramework:
         """
         unknown = set(options) - {"mode", "dynamic", "options"}
         if unknown:
-            raise TypeError(f"unknown backend options {sorted(unknown)}; mode, dynamic and options pass through")
+            raise TypeError(
+                f"unknown backend options {sorted(unknown)}; mode, dynamic and options pass through"
+            )
         return self._make_backend(self._attached("backend"), inner, options)
 
     def restore(self, model: nn.Module) -> None:
         """Undo ``instrument_model``: the model has the hooks and the compiled call that it had before."""
         attachment = self._attached("restore")
         if inner_module(model) is not attachment.model:
-            raise NotInstrumentedError(f"this {type(model).__name__} is not the model that this framework instruments")
+            raise NotInstrumentedError(
+                f"this {type(model).__name__} is not the model that this framework instruments"
+            )
         if self._capture is not None:
             raise CaptureActiveError("a capture is open: leave its block before restore")
         attachment.detach()
@@ -191,7 +198,9 @@ class InstrumentationFramework:
 
     def _attached(self, caller: str) -> Attachment:
         if self._attachment is None:
-            raise NotInstrumentedError(f"{caller} needs an instrumented model: call instrument_model(model) first")
+            raise NotInstrumentedError(
+                f"{caller} needs an instrumented model: call instrument_model(model) first"
+            )
         return self._attachment
 
     def _metadata(self, attachment: Attachment) -> dict[str, Any]:
@@ -225,7 +234,13 @@ class Capture:
     """An open capture; made by ``InstrumentationFramework.capture_activations``."""
 
     def __init__(
-        self, framework: InstrumentationFramework, path: Path | None, *, mode: str, on_full: str, progress: bool
+        self,
+        framework: InstrumentationFramework,
+        path: Path | None,
+        *,
+        mode: str,
+        on_full: str,
+        progress: bool,
     ) -> None:
         self.path = path
         self._framework = framework
@@ -238,7 +253,9 @@ class Capture:
     def report(self) -> CaptureReport:
         """What the capture has done so far; final once the block is left."""
         if self._session is None:
-            raise CaptureActiveError("the capture has not begun: its report is there inside the with block and after")
+            raise CaptureActiveError(
+                "the capture has not begun: its report is there inside the with block and after"
+            )
         return self._session.report
 
     def __enter__(self) -> Capture:
@@ -306,7 +323,10 @@ class Capture:
 def _check_compiler(model: nn.Module) -> None:
     if any(parameter.device.type != "cpu" for parameter in inner_module(model).parameters()):
         return
-    from torch._inductor import cpp_builder, exc  # loads Inductor, a second that other backends need not spend
+    from torch._inductor import (
+        cpp_builder,
+        exc,
+    )  # loads Inductor, a second that other backends need not spend
 
     try:
         cpp_builder.get_cpp_compiler()

@@ -19,7 +19,9 @@ def first_tensor(output: Any) -> torch.Tensor:
     return output
 
 
-def eager_values(model: nn.Module, names: Iterable[str], run: Callable[[nn.Module], Any]) -> dict[Key, torch.Tensor]:
+def eager_values(
+    model: nn.Module, names: Iterable[str], run: Callable[[nn.Module], Any]
+) -> dict[Key, torch.Tensor]:
     """(site, step, call) -> value, of an eager run of ``run(model)``; a step is a forward call of ``model``."""
     values: dict[Key, torch.Tensor] = {}
     calls: dict[str, int] = {}
@@ -52,4 +54,6 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Equal shape, dtype and bytes (NaNs with equal bits are equal)."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    return torch.equal(left.contiguous().view(-1).view(torch.uint8), right.contiguous().view(-1).view(torch.uint8))
+    return torch.equal(
+        left.contiguous().view(-1).view(torch.uint8), right.contiguous().view(-1).view(torch.uint8)
+    )

@@ -22,7 +22,9 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
         batch, tokens, width = x.shape
         q = self.q_proj(x).view(batch, tokens, self.heads, self.size).transpose(1, 2)
-        k, v = self.kv_proj(x).view(batch, tokens, 2 * self.kv_heads, self.size).transpose(1, 2).chunk(2, dim=1)
+        k, v = (
+            self.kv_proj(x).view(batch, tokens, 2 * self.kv_heads, self.size).transpose(1, 2).chunk(2, dim=1)
+        )
         groups = self.heads // self.kv_heads
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         scores = (q @ k.transpose(-1, -2)) * self.size**-0.5

@@ -99,7 +99,7 @@ def test_budget_never_holds_more_than_its_limit(moves: list[tuple[bool, int]], l
 
 
 def test_a_stalled_thread_goes_on_once_there_is_room() -> None:
-    """"stall" waits, and says how long it did."""
+    """ "stall" waits, and says how long it did."""
     budget = HostBudget(10)
     assert budget.acquire(10, wait=False)
     waiting = threading.Thread(target=lambda: budget.acquire(5, wait=True))
@@ -125,7 +125,14 @@ def test_steps_and_calls_are_counted() -> None:
         opened.end_step()
     opened.close()
     rows = [(m.site_id, m.step, m.call, m.shape) for m, _ in writer.rows if m.site_id < 2]
-    assert rows == [(0, 0, 0, (2,)), (1, 0, 0, (3,)), (0, 0, 1, (4,)), (0, 1, 0, (2,)), (1, 1, 0, (3,)), (0, 1, 1, (4,))]
+    assert rows == [
+        (0, 0, 0, (2,)),
+        (1, 0, 0, (3,)),
+        (0, 0, 1, (4,)),
+        (0, 1, 0, (2,)),
+        (1, 1, 0, (3,)),
+        (0, 1, 1, (4,)),
+    ]
     assert writer.sites[2] == ("input_ids", "input")
     assert (opened.report.steps, opened.report.records, opened.report.raw_bytes) == (2, 6, 72)
     assert writer.summary["num_steps"] == 2

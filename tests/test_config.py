@@ -51,7 +51,11 @@ def test_defaults_and_json() -> None:
     """The defaults are those of the documentation, and a configuration is plain JSON."""
     config = InstrumentationConfig()
     assert config.granularity is HookGranularity.FULL_TENSOR
-    assert (config.compression_algorithm, config.target_throughput_gbps, config.max_memory_gb) == ("zstd", 1.0, 1.0)
+    assert (config.compression_algorithm, config.target_throughput_gbps, config.max_memory_gb) == (
+        "zstd",
+        1.0,
+        1.0,
+    )
     assert config.hook_config == HookConfig(0.01, 0, None)
     assert json.loads(json.dumps(config.to_dict()))["hook_config"]["sampling_rate"] == 0.01
 

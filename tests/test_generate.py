@@ -96,7 +96,13 @@ def test_generate(tmp_path: Path, name: str, more: dict[str, Any]) -> None:
 def test_an_encoder_outside_the_forward(tmp_path: Path) -> None:
     """T5's encoder runs outside the compiled forward in generate: captured eagerly, counted, part of the next step."""
     config = transformers.T5Config(
-        num_layers=1, d_model=32, d_kv=8, d_ff=64, num_heads=4, vocab_size=VOCABULARY, decoder_start_token_id=0
+        num_layers=1,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_heads=4,
+        vocab_size=VOCABULARY,
+        decoder_start_token_id=0,
     )
     model = transformers.T5ForConditionalGeneration(config).eval()
     reference = copy.deepcopy(model)

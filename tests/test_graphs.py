@@ -40,7 +40,9 @@ def targets(gm: fx.GraphModule) -> list[Any]:
     return [node.target for node in gm.graph.nodes if node.op == "call_function"]
 
 
-def instrumented(model: nn.Module, config: InstrumentationConfig | None = None, **options: Any) -> InstrumentationFramework:
+def instrumented(
+    model: nn.Module, config: InstrumentationConfig | None = None, **options: Any
+) -> InstrumentationFramework:
     framework = InstrumentationFramework(config or InstrumentationConfig())
     framework.instrument_model(model, **options)
     return framework
@@ -171,7 +173,9 @@ def test_fullgraph_and_modes_pass_through() -> None:
     with pytest.raises(TypeError, match="fullgraf"):
         InstrumentationFramework().instrument_model(make(PLAIN), fullgraf=True)
     with pytest.raises(ValueError, match="exclude each other"):
-        InstrumentationFramework().instrument_model(make(PLAIN), mode="default", options={"max_autotune": False})
+        InstrumentationFramework().instrument_model(
+            make(PLAIN), mode="default", options={"max_autotune": False}
+        )
 
 
 class Broken(nn.Module):
@@ -267,7 +271,8 @@ def test_another_backend_is_refused() -> None:
     model, ids = make(PLAIN), tokens(2, 5)
     framework = instrumented(model, backend=None)
     foreign = torch.compile(model, backend="aot_eager")
-    with torch.no_grad(), framework.capture_activations(None), pytest.raises(Exception, match="other than the framework's"):
+    refused = pytest.raises(Exception, match="other than the framework's")
+    with torch.no_grad(), framework.capture_activations(None), refused:
         foreign(ids)
 
 
@@ -300,4 +305,6 @@ def test_a_module_called_twice_is_told_apart(tmp_path: Any) -> None:
         model(tokens(1, 4))
     with open_stream(tmp_path / "o.stream") as stream:
         mlp = next(site.name for site in stream.sites if site.role == "mlp")
-        assert [(record.step, record.call) for record in stream[mlp]] == [(s, c) for s in range(2) for c in range(3)]
+        assert [(record.step, record.call) for record in stream[mlp]] == [
+            (s, c) for s in range(2) for c in range(3)
+        ]

@@ -251,7 +251,9 @@ class Session:
         # The caller may change its inputs while the copies are on their way.
         values = [value.detach().clone(memory_format=torch.contiguous_format) for value in inputs.values()]
         landing = self._transfer.start(values)
-        self._queue.put(_Delivery(number, list(inputs), [0] * len(inputs), landing, None, total, is_input=True))
+        self._queue.put(
+            _Delivery(number, list(inputs), [0] * len(inputs), landing, None, total, is_input=True)
+        )
 
     def _count_dropped(self, names: Sequence[str]) -> None:
         with self._lock:
@@ -281,7 +283,7 @@ class Session:
                 if self._progress and now - last_shown > 0.5:
                     last_shown = now
                     self._show(end="")
-            except BaseException as failure:  # noqa: BLE001 - handed to the caller when the block is left
+            except BaseException as failure:
                 self._fail(failure)
 
     def _write(self, delivery: _Delivery) -> None:
@@ -374,7 +376,9 @@ class Session:
             if self._progress:
                 self._show(end="\n")
         if self._failure is not None:
-            raise CaptureFailedError(f"the capture's drain thread failed: {self._failure!r}") from self._failure
+            raise CaptureFailedError(
+                f"the capture's drain thread failed: {self._failure!r}"
+            ) from self._failure
 
     def _show(self, end: str) -> None:
         report = self.report

@@ -39,7 +39,7 @@ class Transfer:
                 slot = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
                 slot.copy_(value, non_blocking=True)
                 host.append(slot)
-            done = torch.cuda.Event()
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(copy_stream)
         return Landing(host, done, list(values))
 
@@ -51,7 +51,7 @@ class Transfer:
     def _copy_stream(self, device: torch.device) -> Any:
         with self._lock:
             if device not in self._copy_streams:
-                self._copy_streams[device] = torch.cuda.Stream(device)
+                self._copy_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             return self._copy_streams[device]
 
 

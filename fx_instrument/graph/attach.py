@@ -38,7 +38,9 @@ class Attachment:
         self._modules = {name: weakref.ref(module) for name, module in modules.items()}
         self.marker = Marker({id(modules[site.name]): site for site in sites})
         self.finder = SiteFinder(inner, self.sites)
-        self._handles: list[RemovableHandle] = [module.register_forward_hook(self.marker) for module in modules.values()]
+        self._handles: list[RemovableHandle] = [
+            module.register_forward_hook(self.marker) for module in modules.values()
+        ]
         self._input_names = _positional_names(inner)
         self._before: list[tuple[nn.Module, Any]] = []
         self._generation_config: tuple[Any, Any] | None = None
@@ -55,7 +57,9 @@ class Attachment:
         for module in (model,) if self._outer is None else (model, self._outer):
             # In the instance's __dict__, as Module.compile leaves it; absent where only the class has it.
             self._before.append((module, module.__dict__.get("_compiled_call_impl")))
-            module.__dict__["_compiled_call_impl"] = CountedCall(idle, capturing, self.marker, self._input_names)
+            module.__dict__["_compiled_call_impl"] = CountedCall(
+                idle, capturing, self.marker, self._input_names
+            )
         generation_config = getattr(model, "generation_config", None)
         if generation_config is not None and hasattr(generation_config, "disable_compile"):
             # On accelerators generate() compiles static-cache decoding itself, past this backend.
@@ -87,7 +91,8 @@ class Attachment:
         if changed:
             raise InstrumentationError(
                 f"the model was changed after instrument_model, so captures would be incomplete: "
-                f"{', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''}; call restore and instrument_model again"
+                f"{', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''}; "
+                f"call restore and instrument_model again"
             )
         self.finder.refresh()
 
@@ -165,7 +170,7 @@ class _BeginStep:
         else:
             self._begin(args, kwargs)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, args: Any, kwargs: Any) -> None:
         if self._marker.sink is not None:
             self._marker.sink.begin_step(_integer_inputs(self._input_names, args, kwargs))
@@ -184,7 +189,7 @@ class _EndStep:
         else:
             self._end()
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self) -> None:
         if self._marker.sink is not None:
             self._marker.sink.end_step()
@@ -195,7 +200,9 @@ def _positional_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds)
 
 
-def _integer_inputs(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def _integer_inputs(
+    names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
     """The integer and boolean tensors of at most two dimensions among a call's arguments, by name.
 
     Of a 4-D attention mask (batch, heads or 1, queries, keys), as static caches make it, the last query's row: which

@@ -124,11 +124,12 @@ def _resolve(
     wrapped: Callable[..., Any]
     if inner == "inductor":
         # Mode and options act as patches of Inductor's configuration, so they must be bound as torch binds them.
-        wrapped = torch._TorchCompileInductorWrapper(mode, dict(options) if options else None, dynamic)
+        build: Any = torch._TorchCompileInductorWrapper
+        wrapped = build(mode, dict(options) if options else None, dynamic)
         return wrapped
     if not callable(inner) and not isinstance(inner, str):
         raise TypeError(f"backend must be a name or a callable, got {inner!r}")
-    backend = lookup_backend(inner)
+    backend: Callable[..., Any] = lookup_backend(inner)
     extra = {key: value for key, value in (("mode", mode), ("options", options)) if value}
     if not extra:
         return backend
@@ -162,12 +163,16 @@ class CapturedGraph:
         kept = [planned.kept for planned in rewritten.planned]
         self._num_bytes = sizes.total([(value.numel(), value.element_size()) for value in kept])
         self._full_shapes = (
-            sizes.shapes([planned.value.shape for planned in rewritten.planned]) if rewritten.sampled else None
+            sizes.shapes([planned.value.shape for planned in rewritten.planned])
+            if rewritten.sampled
+            else None
         )
         self._anchors = [planned.anchor for planned in rewritten.planned]
         # Where each site stands among those with the same first parameter: the same place for another layer's.
         self._places = [
-            finder.by_parameter(example_inputs[planned.anchor]).index(planned.site) if planned.anchor is not None else 0
+            finder.by_parameter(example_inputs[planned.anchor]).index(planned.site)
+            if planned.anchor is not None
+            else 0
             for planned in rewritten.planned
         ]
         distinct = sorted({anchor for anchor in self._anchors if anchor is not None})
@@ -184,8 +189,10 @@ class CapturedGraph:
             named = zip(self._input_names, self._inputs, strict=True)
             sink.begin_step({name: args[index] for name, index in named})
         chosen = self._sites_of(args)
-        full_shapes = self._full_shapes(args) if self._full_shapes is not None else None
-        sites = chosen if None not in chosen else tuple(site for site in chosen if site is not None)
+        full_shapes: Sequence[tuple[int, ...]] | None = None
+        if self._full_shapes is not None:
+            full_shapes = self._full_shapes(args)
+        sites = tuple(site for site in chosen if site is not None)
         num_bytes = self._num_bytes(args) if self._num_bytes is not None else None
         ticket = sink.reserve(sites, num_bytes) if num_bytes is not None else None
         try:

@@ -26,7 +26,6 @@ from torch.fx.node import has_side_effect
 from ..errors import RewriteError
 from .sites import Site
 
-
 Hook = TypeVar("Hook", bound=Callable[..., None])
 
 
@@ -82,7 +81,7 @@ def step_end() -> None:
 
 
 for mark in (tap, step_begin, step_end):
-    torch.compiler.allow_in_graph(mark)
+    torch.compiler.allow_in_graph(mark)  # type: ignore[no-untyped-call]
     has_side_effect(mark)
 
 
@@ -125,7 +124,7 @@ def hook(function: Hook) -> Hook:
     It does so behind graph breaks, and for the root's hooks. Where Dynamo traces the caller it inlines the hook
     all the same.
     """
-    skip_code(function.__code__)  # type: ignore[attr-defined]
+    skip_code(function.__code__)
     return function
 
 
@@ -151,7 +150,7 @@ class Marker:
         else:
             self._record(module, output)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _record(self, module: nn.Module, output: Any) -> None:
         """Hand over the value of a module that runs outside any graph."""
         value, site, sink = first_tensor(output), self.sites.get(id(module)), self.sink

@@ -105,7 +105,9 @@ def insert_captures(
         elif node.target is step_begin:
             begins = True
             names, *tensors = node.args
-            known = [(n, placeholders.index(t)) for n, t in zip(names, tensors, strict=True) if t in placeholders]
+            known = [
+                (n, placeholders.index(t)) for n, t in zip(names, tensors, strict=True) if t in placeholders
+            ]
             input_names = tuple(name for name, _ in known)
             inputs = tuple(index for _, index in known)
         else:
@@ -119,21 +121,23 @@ def insert_captures(
     graph.lint()
     copy.recompile()
     log.debug("inserted %d captures into a graph of %d nodes", len(planned), len(graph.nodes))
-    return Rewritten(copy, len(values), tuple(planned), sampling is not None, begins, ends, input_names, inputs)
+    return Rewritten(
+        copy, len(values), tuple(planned), sampling is not None, begins, ends, input_names, inputs
+    )
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy with its own graph and the same submodules, parameters and what Dynamo noted on graph and nodes."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
-    result = graph.graph_copy(gm.graph, mapping, return_output_node=True)
-    assert result is not None, "a traced graph has an output node"
-    value, old_output = result
+    copied: Any = graph.graph_copy(gm.graph, mapping, return_output_node=True)
+    assert copied is not None, "a traced graph has an output node"
+    value, old_output = copied
     graph.output(value).meta = old_output.meta.copy()
     for old, new in mapping.items():
         # Sources name a placeholder's origin in guards; plain graph copies leave these attributes behind.
         if (source := getattr(old, "_dynamo_source", None)) is not None:
-            new._dynamo_source = source  # type: ignore[attr-defined]
+            new._dynamo_source = source
     copy = fx.GraphModule(gm, graph, type(gm).__name__)
     copy.meta = gm.meta.copy()
     for name in ("_param_name_to_source", "_backend_id"):

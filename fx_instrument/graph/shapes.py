@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 from torch.utils._sympy.printers import PythonPrinter
@@ -44,7 +44,9 @@ class SizeReader:
         terms = [self._code(expr) for expr in weights]
         if None in terms:
             return None
-        code = " + ".join([str(constant), *(f"{w} * ({t})" for t, w in zip(terms, weights.values(), strict=True))])
+        code = " + ".join(
+            [str(constant), *(f"{w} * ({t})" for t, w in zip(terms, weights.values(), strict=True))]
+        )
         return _function(code)
 
     def shapes(
@@ -54,7 +56,8 @@ class SizeReader:
         rows = []
         for shape in shapes:
             terms = [
-                self._code(size.node.expr) if isinstance(size, torch.SymInt) else str(int(size)) for size in shape
+                self._code(size.node.expr) if isinstance(size, torch.SymInt) else str(int(size))
+                for size in shape
             ]
             if None in terms:
                 return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,17 +19,19 @@ Role = Literal["attention", "mlp", "block", "other"]
 # Words of a module's name or class that say what it is; a bigram ("feed", "forward") counts as one word.
 # Mixers that stand in attention's place (state space, recurrent, convolutional) count as attention.
 _ATTENTION_WORDS = frozenset(
-    "attn attention attentions selfattn selfattention mha mla mixer mixers mamba mamba2 ssm rwkv "
-    "retention recurrent deltanet mlstm slstm shortconv temporalblock linearattn".split()
+    {"attn", "attention", "attentions", "selfattn", "selfattention", "linearattn", "mha", "mla"}
+    | {"mixer", "mixers", "mamba", "mamba2", "ssm", "rwkv", "retention", "recurrent", "deltanet"}
+    | {"mlstm", "slstm", "shortconv", "temporalblock"}
 )
 _MLP_WORDS = frozenset(
-    "mlp mlps ffn ffns ff ffw feedforward feedforwards moe swiglu geglu denserelu denseact "
-    "densegated channelmix channelmixer".split()
+    {"mlp", "mlps", "ffn", "ffns", "ff", "ffw", "feedforward", "feedforwards", "moe", "swiglu", "geglu"}
+    | {"denserelu", "denseact", "densegated", "channelmix", "channelmixer"}
 )
 # Words of modules that belong to an attention or MLP by name only ("post_attention_layernorm").
 _SUPPORT_WORDS = frozenset(
-    "norm layernorm rmsnorm batchnorm groupnorm ln dropout drop droppath activation act embedding embeddings "
-    "embed rotary rope pos position bias scale gate router identity cache pool pooler mask".split()
+    {"norm", "layernorm", "rmsnorm", "batchnorm", "groupnorm", "ln", "dropout", "drop", "droppath"}
+    | {"activation", "act", "embedding", "embeddings", "embed", "rotary", "rope", "pos", "position"}
+    | {"bias", "scale", "gate", "router", "identity", "cache", "pool", "pooler", "mask"}
 )
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -54,10 +57,11 @@ def choose_sites(model: nn.Module, config: InstrumentationConfig) -> tuple[Site,
     globs = config.hook_config.target_layers
     if globs is not None:
         return _sites_by_glob(model, tuple(globs), roles)
-    wanted: tuple[Role, ...] = {
-        HookGranularity.ATTENTION_ONLY: ("attention",),
-        HookGranularity.MLP_ONLY: ("mlp",),
-    }.get(config.granularity, ("attention", "mlp"))
+    wanted: tuple[Role, ...] = ("attention", "mlp")
+    if config.granularity is HookGranularity.ATTENTION_ONLY:
+        wanted = ("attention",)
+    elif config.granularity is HookGranularity.MLP_ONLY:
+        wanted = ("mlp",)
     sites = tuple(Site(name, role) for name, role in roles.items() if role in wanted)
     if not sites:
         classes = sorted({type(module).__name__ for module in model.modules()} - {type(model).__name__})
@@ -113,7 +117,7 @@ def _role_of(module: nn.Module, label: str) -> Role | None:
 def _words(text: str) -> frozenset[str]:
     """The lower-case words of ``selfAttn_out2`` or ``RMSNorm``, and each pair of neighbours joined."""
     words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+\d*", text)]
-    return frozenset(words) | frozenset(a + b for a, b in zip(words, words[1:], strict=False))
+    return frozenset(words) | frozenset(a + b for a, b in itertools.pairwise(words))
 
 
 def _has_matrix(module: nn.Module) -> bool:
@@ -170,7 +174,9 @@ def _last_projections(model: nn.Module, found: dict[str, Role]) -> None:
         projections = [
             f"{prefix}{name}"
             for name, module in model.get_submodule(block).named_modules()
-            if name and _is_projection(module) and not any(f"{prefix}{name}.".startswith(f"{n}.") for n in inside)
+            if name
+            and _is_projection(module)
+            and not any(f"{prefix}{name}.".startswith(f"{n}.") for n in inside)
         ]
         # One projection alone is not an MLP, and far from a layer (a model's head) it is none either.
         if len(projections) >= 2 and block:
@@ -180,7 +186,11 @@ def _last_projections(model: nn.Module, found: dict[str, Role]) -> None:
 def _is_projection(module: nn.Module) -> bool:
     """A linear map by its weight: one matrix and at most a bias, no children (``Linear``, GPT-2's ``Conv1D``)."""
     shapes = [parameter.dim() for parameter in module.parameters(recurse=False)]
-    return not list(module.children()) and sorted(shapes) in ([2], [1, 2]) and not isinstance(module, nn.Embedding)
+    return (
+        not list(module.children())
+        and sorted(shapes) in ([2], [1, 2])
+        and not isinstance(module, nn.Embedding)
+    )
 
 
 def _sites_by_glob(model: nn.Module, globs: Sequence[str], roles: dict[str, Role]) -> tuple[Site, ...]:
@@ -235,7 +245,11 @@ def _no_match(glob: str, containers: list[str], names: list[str]) -> str:
             f"choose the modules inside them, {containers[0] + '.*'!r} for example"
         )
     near = list(_near_misses(glob, names))
-    hint = f"near misses: {', '.join(map(repr, near))}" if near else "the model has no module with a similar name"
+    hint = (
+        f"near misses: {', '.join(map(repr, near))}"
+        if near
+        else "the model has no module with a similar name"
+    )
     return f"target_layers glob {glob!r} matches no module; {hint}"
 
 
