@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+
 RAW, FAST, BEST = 0, 1, 2
 TIER_NAMES = ("raw", "fast", "best")
 """Stored as it is; packed exponents; the codec's best. A codec may have fewer."""
+
+TIERS_OF_CODEC = {"none": (RAW,), "lz4": (RAW, BEST), "zstd": (RAW, FAST, BEST)}
+"""In order of ratio; packed exponents are lz4's best."""
 
 _FIRST_INTERVAL, _LAST_INTERVAL = 4, 64
 _DRIFT = 0.05
@@ -53,3 +61,132 @@ class Choices:
 
     def of(self, dtype: str, site: int) -> Choice:
         return self._choices.setdefault((dtype, site), Choice())
+
+
+_SECONDS_PER_BYTE = (0.3e-9, 0.8e-9, 1.0e-9)
+_RATIOS = (1.0, 1.33, 1.45)
+"""Of the tiers on bfloat16 activations on one core, until pages were measured; only their proportions matter."""
+_ARRIVAL_S = 1.0
+"""Arrivals are averaged over about so long: a step delivers all of its values at once."""
+_DRAIN_S = 0.5
+"""A backlog should take no longer than this to go."""
+_FRESH_S = 5.0
+"""A measured cost says less about a machine that others use than the proportions do once it is so old."""
+_HEADROOM = 1.1
+_WEIGHT = 0.25
+
+
+class _Average:
+    """A moving average of seconds a byte, and when it was last fed."""
+
+    __slots__ = ("at_s", "value")
+
+    def __init__(self, value: float, at_s: float = float("-inf")) -> None:
+        self.value = value
+        self.at_s = at_s
+
+    def feed(self, value: float, now_s: float) -> None:
+        fresh = now_s - self.at_s < _FRESH_S
+        self.value = self.value + _WEIGHT * (value - self.value) if fresh else value
+        self.at_s = now_s
+
+
+class TierControl:
+    """Chooses for each page the tier of highest ratio that keeps the rate.
+
+    A tier can take ``min(workers / seconds a byte, disk bytes a second * ratio)``. Needed is the rate of arrival, at
+    most the target, or what clears the backlog in half a second if that is more, and a tenth on top. Where no tier
+    can, the one that takes most. Without a target every page gets the best tier. Costs are measured as pages go by
+    (wall time, so that other users of the cores count).
+    """
+
+    def __init__(
+        self,
+        tiers: Sequence[int],
+        *,
+        target_bytes_per_s: float | None,
+        num_workers: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.tiers = tuple(tiers)
+        self.target_bytes_per_s = target_bytes_per_s
+        self.num_workers = num_workers
+        self.raw_bytes = dict.fromkeys(TIER_NAMES, 0)
+        """Bytes that went through each tier."""
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._costs: dict[tuple[str, int], _Average] = {}
+        self._ratios: dict[tuple[str, int], _Average] = {}
+        self._speed = _Average(1.0)
+        """How much slower than ``_SECONDS_PER_BYTE`` pages were of late."""
+        self._disk = _Average(0.0)
+        self._arrivals = 0.0
+        self._arrivals_s = clock()
+        self._backlog_bytes = 0
+
+    def arrived(self, num_bytes: int) -> None:
+        """A page of raw bytes waits for a worker."""
+        with self._lock:
+            self._arrivals = self._decayed() + num_bytes
+            self._arrivals_s = self._clock()
+            self._backlog_bytes += num_bytes
+
+    def left(self, num_bytes: int) -> None:
+        """A page that had arrived is stored, or thrown away."""
+        with self._lock:
+            self._backlog_bytes -= num_bytes
+
+    def encoded(self, dtype: str, tier: int, raw_bytes: int, stored_bytes: int, seconds: float) -> None:
+        """A page was compressed in so many seconds of a worker."""
+        if not raw_bytes:
+            return
+        with self._lock:
+            now_s = self._clock()
+            cost = seconds / raw_bytes
+            self.raw_bytes[TIER_NAMES[tier]] += raw_bytes
+            self._costs.setdefault((dtype, tier), _Average(cost)).feed(cost, now_s)
+            ratio = raw_bytes / stored_bytes
+            self._ratios.setdefault((dtype, tier), _Average(ratio)).feed(ratio, now_s)
+            self._speed.feed(cost / _SECONDS_PER_BYTE[tier], now_s)
+
+    def written(self, num_bytes: int, seconds: float) -> None:
+        """So many bytes went to the file in so many seconds."""
+        if num_bytes:
+            with self._lock:
+                self._disk.feed(seconds / num_bytes, self._clock())
+
+    def choose(self, dtype: str) -> int:
+        """The tier for the next page of a dtype."""
+        best = self.tiers[-1]
+        if self.target_bytes_per_s is None or len(self.tiers) == 1:
+            return best
+        with self._lock:
+            needed = self._needed()
+            capacities = {tier: self._capacity(dtype, tier) for tier in self.tiers}
+        for tier in reversed(self.tiers):
+            if capacities[tier] >= needed:
+                return tier
+        return max(self.tiers, key=lambda tier: (capacities[tier], tier))
+
+    def capacity_bytes_per_s(self, dtype: str) -> float:
+        """The most raw bytes a second that any tier can take of a dtype, as measured so far."""
+        with self._lock:
+            return max(self._capacity(dtype, tier) for tier in self.tiers)
+
+    def _decayed(self) -> float:
+        return self._arrivals * math.exp((self._arrivals_s - self._clock()) / _ARRIVAL_S)
+
+    def _needed(self) -> float:
+        target = self.target_bytes_per_s or 0.0
+        arriving = self._decayed() / _ARRIVAL_S
+        return _HEADROOM * min(max(arriving, self._backlog_bytes / _DRAIN_S), target)
+
+    def _capacity(self, dtype: str, tier: int) -> float:
+        cost = self._costs.get((dtype, tier))
+        if cost is not None and self._clock() - cost.at_s < _FRESH_S:
+            seconds = cost.value
+        else:
+            seconds = _SECONDS_PER_BYTE[tier] * self._speed.value
+        ratio = self._ratios.get((dtype, tier))
+        stored_share = 1 / (ratio.value if ratio is not None else _RATIOS[tier])
+        return 1 / max(seconds / self.num_workers, self._disk.value * stored_share, 1e-15)

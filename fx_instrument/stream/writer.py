@@ -23,7 +23,7 @@ from fx_instrument.stream.pages import U8, Countdown, Page, Row
 from fx_instrument.stream.payload import LEAD_BYTES, EncodedPage
 from fx_instrument.stream.records import DTYPES, RecordMeta, SiteEntry, record_bytes
 from fx_instrument.stream.resume import Resumed, resume_file
-from fx_instrument.stream.tiers import Choices
+from fx_instrument.stream.tiers import TIERS_OF_CODEC, Choices, TierControl
 
 DEFAULT_MEMORY_BYTES = 64 << 20
 MIN_PAGE_BYTES = 16 << 10
@@ -43,7 +43,8 @@ class StreamWriter:
     thrown away after a failure). Records of a dtype collect in a page; a full or old page goes to a worker, which
     lays it out by site, compresses it and appends it when its turn comes. A failure of any thread is kept in
     ``failure`` and raised by ``close``. ``memory_bytes`` bounds what workers hold beside the records; the attribute
-    of that name says what they hold at most (never less than 2.1 MiB).
+    of that name says what they hold at most (never less than 2.1 MiB). ``target_bytes_per_s`` is the raw rate to
+    hold: pages are compressed less where the best would not keep it; ``tiers`` says what was done.
 
     Raises on construction: ValueError for a codec or mode that does not exist; TypeError for metadata that is no
     JSON; OSError as ``open`` does; as ``resume_file`` does in mode "a".
@@ -72,7 +73,9 @@ class StreamWriter:
         self.page_bytes = page_bytes
         self.num_workers = num_workers
         self.memory_bytes = num_workers * (_WORKER_PAGES * page_bytes + _WORKER_FIXED_BYTES)
-        self.target_bytes_per_s = target_bytes_per_s
+        self.tiers = TierControl(
+            TIERS_OF_CODEC[codec], target_bytes_per_s=target_bytes_per_s, num_workers=num_workers
+        )
         self.first_step = 0
         self.failure: BaseException | None = None
         self.stored_bytes = 0
@@ -205,6 +208,7 @@ class StreamWriter:
         page.sequence = self._sequence
         page.num_sites = len(self._sites)
         self._sequence += 1
+        self.tiers.arrived(page.raw_bytes)
         self._queue.put(page)
 
     def close(self, summary: Mapping[str, Any]) -> None:
@@ -267,6 +271,7 @@ class StreamWriter:
             finally:
                 with self._turn_of(page):
                     pass
+                self.tiers.left(page.raw_bytes)
                 self._release(page)
 
     def _release(self, page: Page) -> None:
@@ -296,7 +301,12 @@ class StreamWriter:
 
     def _store(self, page: Page, encoder: PageEncoder) -> None:
         page.group_by_site()
-        encoded = encoder.encode([row[1] for row in page.rows], page.dtype, site=page.only_site())
+        tier = self.tiers.choose(page.dtype)
+        started_s = time.perf_counter()
+        buffers = [row[1] for row in page.rows]
+        encoded = encoder.encode(buffers, page.dtype, site=page.only_site(), tier=tier)
+        seconds = time.perf_counter() - started_s
+        self.tiers.encoded(page.dtype, tier, page.raw_bytes, encoded.payload_bytes, seconds)
         rows, raw_directory, num_shapes = page.directory()
         directory_encoding, directory = encode_directory(self.codec, raw_directory)
         steps = rows["step"]
@@ -330,7 +340,9 @@ class StreamWriter:
             self._sites_written = page.num_sites
         offset = self.stored_bytes - self._segment_offset
         head = header.write(directory, offset, LEAD_BYTES)
+        started_s = time.perf_counter()
         self._write([head, *encoded.pieces])
+        self.tiers.written(len(head) + encoded.payload_bytes, time.perf_counter() - started_s)
         sites = {row[0].site_id for row in page.rows}
         self._blocks.append(
             IndexRow(
