@@ -30,8 +30,10 @@ FORMATS = {
     ".npz": "npz",
     ".zarr": "zarr",
 }
-# Rows go to Parquet and Arrow in batches of about this many value bytes.
+# Rows go to Parquet and Arrow in batches (row groups) of about this many bytes; a row's other columns, as Python
+# objects, cost about the second number.
 BATCH_BYTES = 32 << 20
+ROW_OVERHEAD_BYTES = 256
 Progress = Callable[[int, int], None]
 
 
@@ -262,56 +264,71 @@ def _to_zarr(selection: _Selection, path: Path) -> None:
 def _to_arrow(selection: _Selection, path: Path, *, as_parquet: bool) -> None:
     arrow = _require("pyarrow", "pyarrow")
     common = _common_dtype(selection)
-    values_type = arrow.from_numpy_dtype(common)
-    schema = arrow.schema(
-        [
-            ("site", arrow.string()),
-            ("role", arrow.string()),
-            ("step", arrow.int64()),
-            ("call", arrow.int64()),
-            ("row", arrow.int64()),
-            ("token_id", arrow.int64()),
-            ("dtype", arrow.string()),
-            ("shape", arrow.list_(arrow.int64())),
-            ("full_shape", arrow.list_(arrow.int64())),
-            ("values", arrow.list_(values_type)),
-        ],
-        metadata={"fx_instrument": selection.description()},
-    )
-    roles = {site.name: site.role for site in selection.sites}
+    fields = {
+        "site": arrow.string(),
+        "role": arrow.string(),
+        "step": arrow.int64(),
+        "call": arrow.int64(),
+        "row": arrow.int64(),
+        "token_id": arrow.int64(),
+        "dtype": arrow.string(),
+        "shape": arrow.list_(arrow.int64()),
+        "full_shape": arrow.list_(arrow.int64()),
+        "values": arrow.list_(arrow.from_numpy_dtype(common)),
+    }
+    schema = arrow.schema(list(fields.items()), metadata={"fx_instrument": selection.description()})
     if as_parquet:
-        writer = _require("pyarrow.parquet", "pyarrow").ParquetWriter(path, schema, compression="zstd")
+        # A dictionary of float values would be as long as the values.
+        writer = _require("pyarrow.parquet", "pyarrow").ParquetWriter(
+            path, schema, compression="zstd", use_dictionary=["site", "role", "dtype"]
+        )
     else:
         writer = _require("pyarrow.ipc", "pyarrow").new_stream(path, schema)
+    roles = {site.name: site.role for site in selection.sites}
     token_rows = TokenRows(selection.stream)
+    columns: dict[str, list[Any]] = {name: [] for name in fields}
+    widths: list[int] = []
+    pending_bytes = 0
+
+    def flush() -> None:
+        nonlocal pending_bytes
+        if not widths:
+            return
+        offsets = arrow.array(np.concatenate([[0], np.cumsum(widths)]).astype(np.int32))
+        values = arrow.ListArray.from_arrays(offsets, arrow.array(np.concatenate(columns.pop("values"))))
+        made = [arrow.array(columns[name], kind) for name, kind in fields.items() if name != "values"]
+        writer.write_batch(arrow.record_batch([*made, values], schema=schema))
+        columns.update({name: [] for name in fields})
+        widths.clear()
+        pending_bytes = 0
+
     with writer:
         for record in selection:
             flat = widened(record.tensor())
-            # A sampled record, a vector and a scalar are one row each.
-            width = record.shape[-1] if len(record.shape) > 1 else flat.numel()
-            rows = flat.reshape(-1, width) if flat.numel() else flat.reshape(1, 0)
-            token_ids = None if record.is_sampled else token_rows.token_ids(record)
-            a_batch = max(1, BATCH_BYTES // max(1, width * flat.element_size()))
-            for start in range(0, len(rows), a_batch):
-                chunk = rows[start : start + a_batch].numpy().astype(common)
-                n = len(chunk)
-                values = arrow.array(chunk.reshape(-1))
-                offsets = arrow.array(np.arange(n + 1, dtype=np.int32) * chunk.shape[1])
-                columns = [
-                    arrow.array([record.site] * n, arrow.string()),
-                    arrow.array([roles[record.site]] * n, arrow.string()),
-                    arrow.array([record.step] * n, arrow.int64()),
-                    arrow.array([record.call] * n, arrow.int64()),
-                    arrow.array(np.arange(start, start + n)),
-                    arrow.array(
-                        [None] * n if token_ids is None else token_ids[start : start + n], arrow.int64()
-                    ),
-                    arrow.array([str(record.dtype).removeprefix("torch.")] * n, arrow.string()),
-                    arrow.array([list(record.shape)] * n, arrow.list_(arrow.int64())),
-                    arrow.array([list(record.full_shape)] * n, arrow.list_(arrow.int64())),
-                    arrow.ListArray.from_arrays(offsets, values),
-                ]
-                writer.write_batch(arrow.record_batch(columns, schema=schema))
+            # A sampled record, a vector, a scalar and an empty tensor are one row each.
+            width = record.shape[-1] if len(record.shape) > 1 and flat.numel() else flat.numel()
+            num_rows = flat.numel() // width if width else 1
+            found_ids = None if record.is_sampled else token_rows.token_ids(record)
+            token_ids = [None] * num_rows if found_ids is None else found_ids.tolist()
+            values = flat.reshape(-1).numpy()
+            rows_a_batch = max(1, BATCH_BYTES // max(1, width * common.itemsize))
+            for start in range(0, num_rows, rows_a_batch):
+                n = min(rows_a_batch, num_rows - start)
+                columns["site"] += [record.site] * n
+                columns["role"] += [roles[record.site]] * n
+                columns["step"] += [record.step] * n
+                columns["call"] += [record.call] * n
+                columns["row"] += range(start, start + n)
+                columns["token_id"] += token_ids[start : start + n]
+                columns["dtype"] += [str(record.dtype).removeprefix("torch.")] * n
+                columns["shape"] += [list(record.shape)] * n
+                columns["full_shape"] += [list(record.full_shape)] * n
+                columns["values"].append(values[start * width : (start + n) * width].astype(common))
+                widths += [width] * n
+                pending_bytes += n * (width * common.itemsize + ROW_OVERHEAD_BYTES)
+                if pending_bytes >= BATCH_BYTES:
+                    flush()
+        flush()
 
 
 def _common_dtype(selection: _Selection) -> np.dtype[Any]:

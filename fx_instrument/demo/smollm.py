@@ -82,6 +82,8 @@ def load_model(dtype: torch.dtype) -> tuple[Any, Any]:
     # Reading the GGUF file draws a bar that transformers' own switch does not reach.
     with contextlib.redirect_stderr(io.StringIO()):
         model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **options)
+    # What the files say of their model: its name instead of this machine's cache folder.
+    model.config.name_or_path = Path(MEMBER).stem
     return model.eval(), tokenizer
 
 
