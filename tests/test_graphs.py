@@ -191,6 +191,14 @@ class Broken(nn.Module):
         return self.o(x), None
 
 
+class Breaking(nn.Module):
+    """A norm's place with a graph break, so that Dynamo compiles each layer's frame by itself."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return x
+
+
 class Disabled(nn.Module):
     """An attention that Dynamo leaves alone."""
 
@@ -264,6 +272,45 @@ def test_the_user_compiles(route: str, tmp_path: Any) -> None:
         assert len(stream) == len(expected) == 72
         assert all(torch.equal(stream.read(*key), value) for key, value in expected.items())
         assert all(torch.equal(stream.inputs(step)["input_ids"], ids) for step, ids in enumerate(inputs))
+
+
+@pytest.mark.parametrize("chosen", [0, 2])
+@pytest.mark.parametrize("route", ["regional", "broken"])
+def test_one_layer_of_many_that_share_a_graph(route: str, chosen: int, tmp_path: Any) -> None:
+    """Of layers that share one graph, a chosen one is captured whichever layer Dynamo compiled it for."""
+    from fx_instrument import open_stream
+
+    model = make(Shape(depth=4))
+    if route == "broken":
+        for layer in model.layers:
+            layer.norm1 = Breaking()
+    reference = copy.deepcopy(model)
+    config = InstrumentationConfig(hook_config=HookConfig(target_layers=[f"layers.{chosen}.mlp"]))
+    framework = instrumented(model, config, backend=None if route == "regional" else "aot_eager")
+    if route == "regional":
+        for layer in model.layers:
+            layer.compile(backend=framework.backend("aot_eager"))
+    ids = tokens(2, 5)
+    with torch.no_grad():
+        with framework.capture_activations(tmp_path / "o.stream") as capture:
+            model(ids)
+            model(ids)
+        expected = eager_values(reference, [f"layers.{chosen}.mlp"], lambda m: [m(ids), m(ids)])
+    assert capture.report.records == 2
+    with open_stream(tmp_path / "o.stream") as stream:
+        assert [site.name for site in stream.sites] == [f"layers.{chosen}.mlp"]
+        assert all(torch.equal(stream.read(*key), value) for key, value in expected.items())
+
+
+def test_siblings_cost_nothing_in_a_whole_graph() -> None:
+    """One chosen layer of many adds one output to the graph of a whole model."""
+    inner = Recording()
+    config = InstrumentationConfig(hook_config=HookConfig(target_layers=["layers.1.mlp"]))
+    model = make(Shape(depth=4))
+    framework = instrumented(model, config, backend=inner)
+    with torch.no_grad(), framework.capture_activations(None) as capture:
+        model(tokens(2, 5))
+    assert targets(inner.graphs[0]).count(torch.clone) == 1 == capture.report.records
 
 
 def test_another_backend_is_refused() -> None:

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import AlreadyInstrumentedError, InstrumentationError
 from .backend import SiteFinder
 from .marker import Marker, hook, step_begin, step_end
-from .sites import Site
+from .sites import Site, find_siblings
 
 
 def inner_module(model: nn.Module) -> nn.Module:
@@ -37,9 +37,11 @@ class Attachment:
         modules = {site.name: inner.get_submodule(site.name) for site in sites}
         self._modules = {name: weakref.ref(module) for name, module in modules.items()}
         self.marker = Marker({id(modules[site.name]): site for site in sites})
-        self.finder = SiteFinder(inner, self.sites)
+        siblings = find_siblings(inner, self.sites)
+        self.finder = SiteFinder(inner, self.sites, siblings)
+        marked = [*modules.values(), *(inner.get_submodule(sibling.name) for sibling in siblings)]
         self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(self.marker) for module in modules.values()
+            module.register_forward_hook(self.marker) for module in marked
         ]
         self._input_names = _positional_names(inner)
         self._before: list[tuple[nn.Module, Any]] = []

@@ -24,9 +24,10 @@ InnerBackend = str | Callable[..., Any]
 class SiteFinder:
     """Sites of one instrumented model by the identity of a module or of its first parameter."""
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[Site], siblings: Sequence[Site]) -> None:
         self._model = weakref.ref(model)
-        self._sites = tuple(sites)
+        self._marked = (*sites, *siblings)
+        self._chosen = frozenset(site.name for site in sites)
         self.generation = 0
         self.refresh()
 
@@ -38,7 +39,7 @@ class SiteFinder:
         self.generation += 1
         self.by_module: dict[int, Site] = {}
         self._by_parameter: dict[int, list[Site]] = {}
-        for site in self._sites:
+        for site in self._marked:
             module = model.get_submodule(site.name)
             self.by_module[id(module)] = site
             parameter = first_parameter(module)
@@ -46,8 +47,12 @@ class SiteFinder:
                 self._by_parameter.setdefault(id(parameter), []).append(site)
 
     def by_parameter(self, parameter: object) -> list[Site]:
-        """The sites whose first parameter this is: one, or nested or tied modules in module order."""
+        """The marked modules whose first parameter this is: one, or nested or tied ones in module order."""
         return self._by_parameter.get(id(parameter), [])
+
+    def is_chosen(self, site: Site) -> bool:
+        """A site, not a sibling of one that carries a marker as well."""
+        return site.name in self._chosen
 
 
 class CaptureBackend:
@@ -79,7 +84,7 @@ class CaptureBackend:
         self.compiler_name = getattr(self._inner, "compiler_name", None) or str(inner)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Compiled:
-        def site_of(node: fx.Node, anchor: int | None) -> Site:
+        def site_of(node: fx.Node, anchor: int | None) -> Site | None:
             return self._site_of(node, example_inputs[anchor] if anchor is not None else None)
 
         rewritten = insert_captures(gm, site_of, self._sampling)
@@ -97,13 +102,15 @@ class CaptureBackend:
         inner = getattr(self._inner, "get_compiler_config", None)
         return inner() if inner is not None else None
 
-    def _site_of(self, node: fx.Node, anchor: object) -> Site:
+    def _site_of(self, node: fx.Node, anchor: object) -> Site | None:
         # The hook runs inside the module's call, so the module is the innermost of the stack. Keys are
         # `str(id(module))`, with `@k` behind it when the module is called again in the same graph.
         stack = node.meta.get("nn_module_stack") or {}
         module_id = str(next(reversed(stack), "")).partition("@")[0]
         if module_id.isdigit() and (site := self._finder.by_module.get(int(module_id))) is not None:
-            return site
+            # A graph of the whole model runs for no other module, so there a sibling's value is never wanted.
+            whole = str(next(reversed(stack.values()))[0]) == f"L['self'].{site.name}"
+            return None if whole and not self._finder.is_chosen(site) else site
         # Behind a graph break the rest of a frame is traced without the module's stack.
         candidates = self._finder.by_parameter(anchor)
         if len(candidates) == 1:
@@ -217,7 +224,7 @@ class CapturedGraph:
     def _sites_of(self, args: Sequence[Any]) -> tuple[Site | None, ...]:
         """The sites of this run; None for a module that runs this graph too and is no site."""
         if self._pick_anchors is None:
-            return self._sites
+            return tuple(self._site_at(args, index) for index in range(len(self._sites)))
         if self._generation != self._finder.generation:
             self._generation = self._finder.generation
             self._known.clear()
@@ -231,7 +238,8 @@ class CapturedGraph:
     def _site_at(self, args: Sequence[Any], index: int) -> Site | None:
         anchor = self._anchors[index]
         if anchor is None:
-            return self._sites[index]
+            return self._sites[index] if self._finder.is_chosen(self._sites[index]) else None
         candidates = self._finder.by_parameter(args[anchor])
         place = self._places[index]
-        return candidates[place] if place < len(candidates) else None
+        site = candidates[place] if place < len(candidates) else None
+        return site if site is not None and self._finder.is_chosen(site) else None

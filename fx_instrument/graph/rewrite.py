@@ -71,9 +71,11 @@ class Rewritten:
 
 
 def insert_captures(
-    gm: fx.GraphModule, site_of: Callable[[fx.Node, int | None], Site], sampling: Sampling | None
+    gm: fx.GraphModule, site_of: Callable[[fx.Node, int | None], Site | None], sampling: Sampling | None
 ) -> Rewritten | None:
     """Replace every mark in a copy of ``gm`` by capture ops; None if ``gm`` has no mark.
+
+    ``site_of(mark, argument index of its anchor)`` names the site; where it says None the mark is only removed.
 
     Raises:
         RewriteError: a mark stands inside a nested graph (checkpointing, a nested region), or is of no known site.
@@ -95,13 +97,17 @@ def insert_captures(
             continue
         if node.target is tap:
             source, anchor = node.args
+            index = placeholders.index(anchor) if anchor in placeholders else None
+            site = site_of(node, index)
+            node.replace_all_uses_with(source)
+            if site is None:
+                graph.erase_node(node)
+                continue
             with graph.inserting_before(node):
                 kept = _sample(graph, source, sampling) if sampling else _clone(graph, source)
-            index = placeholders.index(anchor) if anchor in placeholders else None
             fakes = source.meta["example_value"], kept.meta["example_value"]
-            planned.append(Planned(site_of(node, index), index, *fakes))
+            planned.append(Planned(site, index, *fakes))
             extra.append(kept)
-            node.replace_all_uses_with(source)
         elif node.target is step_begin:
             begins = True
             names, *tensors = node.args

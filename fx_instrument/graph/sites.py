@@ -84,6 +84,23 @@ def find_roles(model: nn.Module) -> dict[str, Role]:
     return {name: found[name] for name in sorted((n for n in found if n in order), key=order.__getitem__)}
 
 
+def find_siblings(model: nn.Module, sites: Sequence[Site]) -> tuple[Site, ...]:
+    """Modules that differ from a site in their layer's number alone, and are no sites.
+
+    Where layers are compiled one by one, equal layers share a graph whether their modules carry a marker or not.
+    With markers on the siblings too, a shared graph always delivers, and whose values it delivered decides.
+    """
+    named = {name: module for name, module in model.named_modules() if name}
+    chosen = {site.name for site in sites}
+    kinds = {(re.sub(r"\d+", "#", site.name), type(named[site.name])): site.role for site in sites}
+    found = []
+    for name, module in named.items():
+        role = kinds.get((re.sub(r"\d+", "#", name), type(module)))
+        if role is not None and name not in chosen:
+            found.append(Site(name, role))
+    return tuple(found)
+
+
 def _walk(module: nn.Module, name: str, inherited: str, found: dict[str, Role]) -> None:
     """Collect the outermost attention and MLP modules below ``module``; ``inherited`` names a container's items."""
     for key, child in module.named_children():
