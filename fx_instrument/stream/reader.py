@@ -26,6 +26,8 @@ _V = TypeVar("_V")
 
 _CACHED_BLOCKS = 64
 _CACHED_PAGES = 4
+_FORGET_BYTES = 16 << 20
+"""Mapped pages count as the process's memory: a scan gives them back so often, else it grows to the file's size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,10 +328,14 @@ class StreamReader:
 
         One page is in memory at a time; records that lie in several blocks come when their last part does.
         """
+        passed = 0
         for number, segment in enumerate(self.segments):
             pending: dict[tuple[int, int, int], list[tuple[int, U8, tuple[int, int]]]] = {}
             for position in range(len(segment.block_offsets)):
                 block = self._block(number, position)
+                if block.offset - passed >= _FORGET_BYTES:
+                    self._forget(passed, block.offset)
+                    passed = block.offset
                 for row in range(len(block.directory.rows)):
                     local = int(block.directory.rows["site"][row])
                     site_id = self._global_ids[number].get(local)
@@ -355,6 +361,12 @@ class StreamReader:
                     yield whole, self._join(whole, [(offset, part) for offset, part, _ in parts])
             if pending:
                 raise CorruptStreamError(f"{self.path}: {len(pending)} records lack a part")
+
+    def _forget(self, start: int, end: int) -> None:
+        """Let the kernel take back the mapped pages of ``[start, end)``; looked at again, they come from the file."""
+        start -= start % mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def verify(self) -> list[Damage]:
         """Verify every checksum of the file, and the index against the blocks; empty if all is well."""
