@@ -16,6 +16,7 @@ import torch
 import zstandard
 from torch import nn
 
+from .activations import open_stream
 from .analysis import analyze_activations
 from .capture.session import CaptureReport, Session
 from .config import HookGranularity, InstrumentationConfig
@@ -26,6 +27,7 @@ from .errors import (
     CaptureFailedError,
     MissingCompilerError,
     NotInstrumentedError,
+    TruncatedStreamError,
 )
 from .graph.attach import Attachment, check_free, inner_module
 from .graph.backend import CaptureBackend, InnerBackend
@@ -151,7 +153,7 @@ class InstrumentationFramework:
         self,
         output_path: Path | None,
         *,
-        mode: Literal["w", "x"] = "w",
+        mode: Literal["w", "x", "a"] = "w",
         on_full: Literal["stall", "drop"] = "stall",
         progress: bool = False,
     ) -> Capture:
@@ -159,7 +161,8 @@ class InstrumentationFramework:
 
         Args:
             output_path: the stream file, created private to the user; None does everything but the file.
-            mode: "w" replaces an existing file, "x" refuses one.
+            mode: "w" replaces an existing file, "x" refuses one, "a" goes on with one: it is recovered first, and
+                steps are numbered from its ``num_steps``.
             on_full: when the buffer is full, "stall" makes the forward call wait and loses nothing, "drop" counts
                 the lost values.
             progress: show a line on standard error while capturing.
@@ -171,13 +174,14 @@ class InstrumentationFramework:
             BufferTooSmallError: ``max_memory_gb`` is less than the writer needs, or (in a forward call) less than
                 the values of one graph run.
             OSError: the file can't be created; raised when the block is entered.
+            ValueError: mode "a" and a file of another codec or sampling; raised when the block is entered.
             CaptureFailedError: a capture thread failed; raised when the block is left.
         """
         self._attached("capture_activations")
         if output_path is not None and not isinstance(output_path, (str, os.PathLike)):
             raise TypeError(f"output_path must be a path or None, got {output_path!r}")
-        if mode not in ("w", "x"):
-            raise ValueError(f"mode must be 'w' or 'x', got {mode!r}")
+        if mode not in ("w", "x", "a"):
+            raise ValueError(f"mode must be 'w', 'x' or 'a', got {mode!r}")
         if on_full not in ("stall", "drop"):
             raise ValueError(f"on_full must be 'stall' or 'drop', got {on_full!r}")
         return Capture(self, output_path, mode=mode, on_full=on_full, progress=progress)
@@ -275,6 +279,8 @@ class Capture:
                 f"needs: the writer alone takes {MIN_MEMORY_BYTES} bytes, so give it {2 * MIN_MEMORY_BYTES} or more"
             )
         hook_config = config.hook_config
+        if self._mode == "a" and self.path is not None:
+            _check_resumable(self.path, config)
         writer = StreamWriter(
             self.path,
             metadata=framework._metadata(attachment),
@@ -318,6 +324,28 @@ class Capture:
             log.error("the capture failed too: %s", failure)
             if hasattr(error, "add_note"):
                 error.add_note(f"fx_instrument: {failure}")
+
+
+def _check_resumable(path: Path, config: InstrumentationConfig) -> None:
+    """Raise if the file at ``path`` was captured with other sampling: its one configuration tells the positions."""
+    try:
+        with open_stream(path, recover=True) as stream:
+            before = stream.metadata.get("config", {})
+    except (FileNotFoundError, TruncatedStreamError):
+        # None there, or cut before anything was captured: the writer begins it anew.
+        return
+
+    def sampling(values: Mapping[str, Any]) -> tuple[Any, ...]:
+        hooks = values.get("hook_config", {})
+        sampled = values.get("granularity") == HookGranularity.SAMPLED_SLICES.value
+        return (hooks.get("sampling_rate"), hooks.get("seed")) if sampled else ()
+
+    here = sampling(config.to_dict())
+    if sampling(before) != here:
+        raise ValueError(
+            f"mode 'a': {os.fspath(path)} was captured with the sampling (rate, seed) {sampling(before) or 'none'}, "
+            f"this framework has {here or 'none'}; one file has one"
+        )
 
 
 def _check_compiler(model: nn.Module) -> None:

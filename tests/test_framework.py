@@ -183,6 +183,34 @@ def test_bad_paths(tmp_path: Path) -> None:
         assert len(stream) == 4
 
 
+def test_resuming(tmp_path: Path) -> None:
+    """Mode "a" goes on with a file: steps from where it ended, sampling as it was, a killed file recovered first."""
+    model, ids = make(PLAIN), tokens(1, 3)
+    path = tmp_path / "o.stream"
+    framework = instrumented(model, compression_algorithm="lz4")
+    for _ in range(2):
+        with framework.capture_activations(path, mode="a") as capture:
+            model(ids)
+            model(ids)
+        assert capture.report.steps == 2 and capture.report.records == 8
+    with open_stream(path) as stream:
+        assert stream.num_steps == 4 and len(stream) == 16
+        assert [record.step for record in stream["layers.0.mlp"]] == [0, 1, 2, 3]
+    path.write_bytes(path.read_bytes()[:-40])
+    with framework.capture_activations(path, mode="a"):
+        model(ids)
+    with open_stream(path) as stream:
+        assert stream.num_steps == 5 and len(stream) == 20
+    framework.restore(model)
+    before = path.read_bytes()
+    for config in ({"compression_algorithm": "zstd"}, {"granularity": HookGranularity.SAMPLED_SLICES}):
+        other = instrumented(model, **{"compression_algorithm": "lz4", **config})
+        with pytest.raises(ValueError, match="codec|sampling"), other.capture_activations(path, mode="a"):
+            pass
+        other.restore(model)
+    assert path.read_bytes() == before
+
+
 def test_files_that_are_no_streams(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         open_stream(tmp_path / "none")

@@ -180,6 +180,7 @@ class Session:
                 f"bookkeeping), but max_memory_gb={self._max_memory_bytes / 1e9:g} leaves the buffer "
                 f"{self._budget.limit_bytes} bytes; raise max_memory_gb, or capture fewer sites or samples"
             )
+        self._transfer.before_graph()
         return _Ticket(total, dropped=self._closed or not self._acquire(total))
 
     def cancel(self, ticket: _Ticket) -> None:

@@ -17,7 +17,7 @@ class Transfer:
     On CPU the graph's output is memory of its own, so it is taken over as it is. On CUDA the copies go to pinned
     memory (torch's caching host allocator, so the ``cudaHostAlloc`` of about 3 ms is paid once a size) on one copy
     stream a device; the sources are held until the event behind them is done, since the allocator may reuse what
-    the graph has dropped.
+    the graph has dropped. The CUDA path has not been run on a GPU yet.
     """
 
     def __init__(self) -> None:
@@ -43,10 +43,10 @@ class Transfer:
             done.record(copy_stream)
         return Landing(host, done, list(values))
 
-    def before_graph(self, device: torch.device) -> None:
-        """Make the device wait for earlier copies: under CUDA graphs the next replay overwrites their sources."""
-        if device.type == "cuda" and device in self._copy_streams:
-            torch.cuda.current_stream(device).wait_stream(self._copy_streams[device])
+    def before_graph(self) -> None:
+        """Make devices, not the host, wait for earlier copies: a CUDA graph's next replay overwrites their sources."""
+        for device, copy_stream in self._copy_streams.items():
+            torch.cuda.current_stream(device).wait_stream(copy_stream)
 
     def _copy_stream(self, device: torch.device) -> Any:
         with self._lock:
