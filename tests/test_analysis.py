@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -275,3 +277,20 @@ def test_merged_moments_are_those_of_all_values(parts, shift):
     for power, name in ((2, "m2"), (3, "m3"), (4, "m4")):
         bound = merged.count * scale**power
         assert abs(getattr(merged, name) - (deviation**power).sum()) <= bound * noise
+
+
+def test_resident_memory_does_not_grow_with_the_file(tmp_path):
+    """Pages of the mapped file count too, so they are given back on the way."""
+    step = {f"model.layers.{n}.mlp": values(1, 256, 1024, seed=n) for n in range(4)}
+    path = write_stream(tmp_path / "a.stream", [step] * 48, codec="none")
+    assert path.stat().st_size > 192 << 20
+    program = f"""
+import os, resource
+from fx_instrument import analyze_activations
+resident = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+before = resident()
+analyze_activations({str(path)!r})
+print(resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 96 << 20
