@@ -147,6 +147,26 @@ def test_uncompressed_records_are_views_on_the_file(tmp_path: Path) -> None:
     assert values.tobytes() == data
 
 
+@pytest.mark.parametrize("codec", CODECS)
+def test_scanned_arrays_stay_as_they_were(tmp_path: Path, codec: str) -> None:
+    """An array of scan that is still held is not written over by later pages, whose memory is used again."""
+    samples = [
+        Sample("a", step, floats(size, step), "bfloat16") for step in range(20) for size in [3000 + step]
+    ]
+    samples += [Sample("big", step, floats(20_000, step), "bfloat16") for step in range(20)]
+    path = write(tmp_path / "a.stream", samples, codec=codec, seal_every=2, page_bytes=16384)
+    with StreamReader(path) as reader:
+        held = [(reader.sites[ref.site_id].name, ref.step, data) for ref, data in reader.scan()]
+        expected = {s.key: s.data for s in samples}
+        assert all(data.tobytes() == expected[name, step, 0] for name, step, data in held)
+        assert len(held) == 40
+        again = [
+            data.tobytes() == expected[reader.sites[ref.site_id].name, ref.step, 0]
+            for ref, data in reader.scan()
+        ]
+        assert all(again)
+
+
 def test_metadata_and_summary_come_back(tmp_path: Path) -> None:
     """Metadata of the beginning and the summary of the end are both there, and steps without records count."""
     path = write(

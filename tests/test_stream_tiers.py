@@ -84,7 +84,7 @@ def test_the_target_is_held_where_a_tier_can(target: float, workers: int) -> Non
     kept = machine.run(20 * GB, 6)
     assert kept >= 0.95 * target * GB
     if target * 1.2 < workers / (COSTS[FAST] * GB):
-        assert machine.chosen.count(RAW) < 0.1 * len(machine.chosen)
+        assert machine.chosen.count(RAW) < 0.15 * len(machine.chosen)
 
 
 def test_beyond_the_machine_it_takes_the_most_it_can() -> None:

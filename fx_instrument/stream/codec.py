@@ -23,6 +23,7 @@ from fx_instrument.stream.frames import CODEC_CODES, Bytes
 from fx_instrument.stream.payload import (
     EMPTY_LZ4_FRAME,
     EMPTY_ZSTD_FRAME,
+    LEAD_BYTES,
     LZ4_BLOCK_HEAD_BYTES,
     LZ4_FRAME_HEAD,
     EncodedPage,
@@ -77,12 +78,16 @@ class PageEncoder:
         self._planes = filters.Planes()
         self._huffman = zstandard.ZstdCompressor(compression_params=_HUFFMAN_ONLY)
         self._zstd1 = zstandard.ZstdCompressor(level=1)
+        self.typical = False
+        """Whether the last page took no longer than pages do: it was not the first, and nothing was tried on it."""
+        self._first = True
 
     def encode(self, buffers: Sequence[U8], dtype: str, *, site: int = -1, tier: int = BEST) -> EncodedPage:
         """The payload of the page that ``buffers`` make one after another.
 
         ``site`` is that of all records of the page, or -1; it keys what was learnt of compressing it.
         """
+        self.typical, self._first = not self._first, False
         packed = filters.packed_filter(dtype)
         if self.codec == "none" or tier == RAW or (tier == FAST and packed is None):
             return build_payload(self._family, filters.PLAIN, [buffers])
@@ -91,6 +96,7 @@ class PageEncoder:
         if tier == FAST and packed is not None:
             return self._packed(packed, buffers)
         choice = self._choices.of(dtype, site)
+        self.typical &= not choice.probe
         encoded = (self._zstd if self.codec == "zstd" else self._lz4)(buffers, dtype, choice)
         choice.stored(sum(map(len, buffers)), encoded.payload_bytes)
         return encoded
@@ -191,6 +197,14 @@ class _ThreadState(threading.local):
     def __init__(self) -> None:
         self.decompressor = zstandard.ZstdDecompressor()
         self.planes = filters.Planes()
+        self._scratches: dict[int, U8] = {}
+
+    def scratch(self, plane: int, num_bytes: int) -> U8:
+        """Memory for a stored plane until the thread's next page."""
+        kept = self._scratches.get(plane)
+        if kept is None or len(kept) < num_bytes:
+            kept = self._scratches[plane] = np.empty(num_bytes, np.uint8)
+        return kept[:num_bytes]
 
 
 _thread_state = _ThreadState()
@@ -226,13 +240,26 @@ def decode_directory(header: BlockHeader, stored: Bytes) -> bytes:
     return unpack(stored, header.directory_raw_bytes)
 
 
-def decode_page(header: BlockHeader, payload: memoryview) -> U8:
-    """The raw bytes of a page, from a payload whose checksum was verified.
+def page_in_place(header: BlockHeader, payload: memoryview) -> U8 | None:
+    """The page as a view on its payload, where it is stored in one piece; else None."""
+    if header.codec == CODEC_CODES["zstd"] or header.filter != filters.PLAIN:
+        return None
+    if header.plane_encodings[0] != STORED or not header.raw_bytes:
+        return None
+    data = payload[LEAD_BYTES : LEAD_BYTES + header.raw_bytes]
+    if len(data) != header.raw_bytes or header.plane_bytes[0] != header.raw_bytes:
+        raise CorruptStreamError(
+            f"a stored page has {header.plane_bytes[0]} bytes where {header.raw_bytes} are due"
+        )
+    return np.frombuffer(data, np.uint8)
 
-    A page that is stored in one piece comes back as a view on the payload.
-    """
+
+def decode_page(header: BlockHeader, payload: memoryview, out: U8 | None = None) -> U8:
+    """The raw bytes of a page, from a payload whose checksum was verified; in ``out``, if given."""
+    page = np.empty(header.raw_bytes, np.uint8) if out is None else out
     lz4_family = header.codec != CODEC_CODES["zstd"]
     sizes = filters.plane_sizes(header.filter, header.raw_bytes)
+    plain = header.filter == filters.PLAIN
     planes: list[U8] = []
     position = len(LZ4_FRAME_HEAD) if lz4_family else 0
     for size, stored_bytes, encoding in zip(sizes, header.plane_bytes, header.plane_encodings, strict=False):
@@ -242,24 +269,26 @@ def decode_page(header: BlockHeader, payload: memoryview) -> U8:
         position += stored_bytes
         if len(data) != stored_bytes:
             raise CorruptStreamError("the planes of a block are longer than its payload")
-        planes.append(_decode_plane(data, size, encoding, lz4_family))
-    if header.filter == filters.PLAIN:
-        return planes[0]
-    return _thread_state.planes.join(header.filter, planes, header.raw_bytes)
+        scratch = page if plain else _thread_state.scratch(len(planes), size or len(data))
+        planes.append(_decode_plane(data, size, encoding, lz4_family, scratch))
+    if not plain:
+        _thread_state.planes.join(header.filter, planes, page)
+    elif planes[0] is not page:
+        np.copyto(page, planes[0])
+    return page
 
 
-def _decode_plane(data: memoryview, size: int | None, encoding: int, lz4_family: bool) -> U8:
+def _decode_plane(data: memoryview, size: int | None, encoding: int, lz4_family: bool, scratch: U8) -> U8:
+    """A plane: a view on decompressed bytes or on a stored block, or ``scratch`` filled."""
     if encoding == COMPRESSED and size is not None:
         return np.frombuffer((_unlz4 if lz4_family else _unzstd)(data, size), np.uint8)
     if encoding != STORED:
         raise UnsupportedStreamError(
             f"this version does not know encoding {encoding} of a plane of {size} bytes"
         )
-    if size is None:
-        size = len(data) if lz4_family else stored_zstd_bytes(len(data))
     if not lz4_family:
-        return stored_zstd_plane(data, size)
-    if len(data) != size:
+        return stored_zstd_plane(data, scratch[: stored_zstd_bytes(len(data)) if size is None else size])
+    if size is not None and len(data) != size:
         raise CorruptStreamError(f"a stored plane has {len(data)} bytes where {size} are due")
     return np.frombuffer(data, np.uint8)
 

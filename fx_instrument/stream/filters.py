@@ -146,13 +146,12 @@ class Planes:
             position += count
         return [*planes, packer.exceptions()] if packer is not None else planes
 
-    def join(self, filter_code: int, planes: Sequence[U8], raw_bytes: int) -> U8:
-        """The page of ``planes``: the inverse of ``split``."""
+    def join(self, filter_code: int, planes: Sequence[U8], page: U8) -> None:
+        """Fill ``page`` from ``planes``: the inverse of ``split``."""
         widths = _WIDTHS[filter_code]
         element = np.dtype(f"<u{sum(widths)}")
         if filter_code in _PACKED:
-            planes = [_unpack(planes[0], planes[-1], raw_bytes // element.itemsize), *planes[1:-1]]
-        page = np.empty(raw_bytes, np.uint8)
+            planes = [_unpack(planes[0], planes[-1], len(page) // element.itemsize), *planes[1:-1]]
         target = page.view(element)
         sources = [plane.view(f"<u{width}") for plane, width in zip(planes, widths, strict=True)]
         scratch = self._first.view(element)[:PIECE]
@@ -169,7 +168,6 @@ class Planes:
                 np.left_shift(values, bits - 1, out=part)
                 np.right_shift(values, 1, out=values)
                 np.bitwise_or(values, part, out=values)
-        return page
 
 
 def _pieces(

@@ -120,12 +120,11 @@ def _raw_zstd_frame(buffers: Iterable[U8], total: int) -> list[Piece]:
     return pieces
 
 
-def stored_zstd_plane(data: memoryview, raw_bytes: int) -> U8:
-    """The bytes of a hand-built zstd frame, without the decompressor's two passes."""
-    plane = np.empty(raw_bytes, np.uint8)
+def stored_zstd_plane(data: memoryview, plane: U8) -> U8:
+    """``plane`` filled from a hand-built zstd frame, without the decompressor's two passes."""
     position = _ZSTD_RAW_HEAD.size
-    for start in range(0, raw_bytes, _ZSTD_BLOCK_BYTES):
-        size = min(_ZSTD_BLOCK_BYTES, raw_bytes - start)
+    for start in range(0, len(plane), _ZSTD_BLOCK_BYTES):
+        size = min(_ZSTD_BLOCK_BYTES, len(plane) - start)
         position += 3
         if position + size > len(data):
             raise CorruptStreamError("a stored plane is shorter than its page")

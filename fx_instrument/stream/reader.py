@@ -6,7 +6,7 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fx_instrument.errors import CorruptStreamError, StreamError, TruncatedStreamError
-from fx_instrument.stream.codec import decode_page
+from fx_instrument.stream.buffers import BufferPool
+from fx_instrument.stream.codec import decode_page, page_in_place
 from fx_instrument.stream.records import Damage, SiteEntry, record_bytes
 from fx_instrument.stream.recovery import recover_segments
 from fx_instrument.stream.segments import Block, load_block, open_segments
@@ -103,6 +104,10 @@ class SiteRecords(Sequence[RecordRef]):
         return self._reader._ref(segment, self._site_id, places)
 
 
+def _new_array(num_bytes: int) -> U8:
+    return np.empty(num_bytes, np.uint8)
+
+
 _PART = np.dtype(
     [
         ("step", "<u8"),
@@ -153,6 +158,7 @@ class StreamReader:
             raise type(error)(f"{self.path}: {error}") from None
         self._blocks: _Cache[Block] = _Cache(_CACHED_BLOCKS)
         self._pages: _Cache[U8] = _Cache(_CACHED_PAGES)
+        self._pool = BufferPool()
         self._set_sites()
         first = self.segments[0]
         self.metadata: dict[str, Any] = dict(first.prolog.metadata)
@@ -208,26 +214,33 @@ class StreamReader:
         return block
 
     def _page(self, segment: int, number: int) -> U8:
+        """The bytes of a page, read-only: a view on the map, or memory that is used again when no view is left."""
         page = self._pages.lookup((segment, number))
         if page is None:
-            block = self._block(segment, number)
-            try:
-                page = decode_page(block.header, block.payload(self._data))
-            except StreamError as error:
-                raise self._error(error) from None
+            page = self._decode(segment, number, in_place=True, new=self._pool.take)
             page.flags.writeable = False
             self._pages.keep((segment, number), page)
         return page
 
+    def _decode(self, segment: int, number: int, *, in_place: bool, new: Callable[[int], U8]) -> U8:
+        """A page, its checksum verified: a view on the map if it may be, else in new memory."""
+        block = self._block(segment, number)
+        try:
+            payload = block.payload(self._data)
+            page = page_in_place(block.header, payload) if in_place else None
+            return decode_page(block.header, payload, new(block.header.raw_bytes)) if page is None else page
+        except StreamError as error:
+            raise self._error(error) from None
+
     def _ref(self, segment: int, site_id: int, places: tuple[tuple[int, int], ...]) -> RecordRef:
         number, position = places[0]
         block = self._block(segment, number)
-        row = block.directory.rows[position]
-        shape, full_shape = block.directory.shapes[int(row["shape"])]
+        step, _, _, call, shape_id, _ = block.directory.rows[position].item()
+        shape, full_shape = block.directory.shapes[shape_id]
         return RecordRef(
             site_id,
-            int(row["step"]),
-            int(row["call"]),
+            step,
+            call,
             block.header.dtype_name,
             shape,
             full_shape,
@@ -294,71 +307,85 @@ class StreamReader:
     def read(self, ref: RecordRef) -> U8:
         """The bytes of a record, 1-D uint8, little-endian as every supported machine holds them.
 
-        A view on the map, read-only, where the record lies uncompressed in one piece; else new memory.
+        A view on the map, read-only, where the record lies uncompressed in one piece; else memory of its own.
 
         Raises:
             CorruptStreamError: a checksum does not hold, or parts of the record are missing.
         """
-        parts = [self._part(ref.segment, block, row) for block, row in ref._parts]
-        return self._join(ref, parts)
-
-    def _part(self, segment: int, number: int, row: int) -> tuple[int, U8]:
-        block = self._block(segment, number)
-        page = self._page(segment, number)
+        if len(ref._parts) > 1:
+            return self._read_parts(ref, _new_array)
+        number, row = ref._parts[0]
+        block = self._block(ref.segment, number)
+        if int(block.directory.sizes[row]) != ref.num_bytes or int(block.directory.rows["part_offset"][row]):
+            raise CorruptStreamError(f"{self.path}: parts of {ref} are missing")
+        if ref.num_bytes == block.header.raw_bytes and self._pages.lookup((ref.segment, number)) is None:
+            return self._decode(ref.segment, number, in_place=True, new=_new_array)
+        page = self._page(ref.segment, number)
         start = int(block.directory.rows["offset"][row])
-        size = int(block.directory.sizes[row])
-        part = page[start : start + size]
-        if size < len(page) and not isinstance(page.base, memoryview):
-            # A view on the map costs nothing; one on a decoded page would keep all of it alive.
-            part = part.copy()
-        return int(block.directory.rows["part_offset"][row]), part
+        part = page[start : start + ref.num_bytes]
+        # A view on the map costs nothing; one on a decoded page would keep all of it alive.
+        return part if isinstance(page.base, memoryview) else np.array(part)
 
-    def _join(self, ref: RecordRef, parts: list[tuple[int, U8]]) -> U8:
+    def _read_parts(self, ref: RecordRef, new: Callable[[int], U8]) -> U8:
+        """The joined parts of a record, decoded where they belong."""
+        places = []
         position = 0
-        for offset, part in parts:
+        for number, row in ref._parts:
+            directory = self._block(ref.segment, number).directory
+            offset, size = int(directory.rows["part_offset"][row]), int(directory.sizes[row])
             if offset != position:
                 raise CorruptStreamError(f"{self.path}: bytes {position} to {offset} of {ref} are missing")
-            position += len(part)
+            places.append((number, int(directory.rows["offset"][row]), offset, size))
+            position += size
         if position != ref.num_bytes:
             raise CorruptStreamError(f"{self.path}: {position} of {ref.num_bytes} bytes of {ref} were found")
-        return parts[0][1] if len(parts) == 1 else np.concatenate([part for _, part in parts])
+        record = new(position)
+        for number, start, offset, size in places:
+            part = record[offset : offset + size]
+            if size == self._block(ref.segment, number).header.raw_bytes:
+                self._decode(ref.segment, number, in_place=False, new=lambda _, part=part: part)  # type: ignore[misc]
+            else:
+                part[:] = self._page(ref.segment, number)[start : start + size]
+        return record
 
     def scan(self) -> Iterator[tuple[RecordRef, U8]]:
         """Every record with its bytes, front to back as they lie in the file, inputs among them.
 
-        One page is in memory at a time; records that lie in several blocks come when their last part does.
+        One page is in memory at a time, and the arrays are views on it: copy what is to be kept. Records that lie in
+        several blocks come when their last part does.
         """
         passed = 0
         for number, segment in enumerate(self.segments):
-            pending: dict[tuple[int, int, int], list[tuple[int, U8, tuple[int, int]]]] = {}
+            pending: dict[tuple[int, int, int], list[tuple[int, int, tuple[int, int]]]] = {}
             for position in range(len(segment.block_offsets)):
                 block = self._block(number, position)
                 if block.offset - passed >= _FORGET_BYTES:
                     self._forget(passed, block.offset)
                     passed = block.offset
-                for row in range(len(block.directory.rows)):
-                    local = int(block.directory.rows["site"][row])
+                directory = block.directory
+                dues = [record_bytes(block.header.dtype_name, shape) for shape, _ in directory.shapes]
+                rows, sizes = directory.rows.tolist(), directory.sizes.tolist()
+                for row, (step, part_offset, local, call, shape, offset) in enumerate(rows):
                     site_id = self._global_ids[number].get(local)
                     if site_id is None:
                         raise CorruptStreamError(
                             f"{self.path}: a record is of site {local}, which no table names"
                         )
-                    ref = self._ref(number, site_id, ((position, row),))
-                    key = (local, ref.step, ref.call)
-                    if key in segment.incomplete:
+                    key = (local, step, call)
+                    if segment.incomplete and key in segment.incomplete:
                         continue
-                    offset, part = self._part(number, position, row)
-                    if len(part) == ref.num_bytes:
-                        yield ref, part
+                    size = sizes[row]
+                    if size == dues[shape] and not part_offset:
+                        ref = self._ref(number, site_id, ((position, row),))
+                        yield ref, self._page(number, position)[offset : offset + size]
                         continue
                     parts = pending.setdefault(key, [])
-                    parts.append((offset, part, (position, row)))
-                    if sum(len(part) for _, part, _ in parts) < ref.num_bytes:
+                    parts.append((part_offset, size, (position, row)))
+                    if sum(size for _, size, _ in parts) < dues[shape]:
                         continue
-                    parts.sort(key=lambda part: part[0])
-                    places = tuple(place for _, _, place in pending.pop(key))
-                    whole = self._ref(number, ref.site_id, places)
-                    yield whole, self._join(whole, [(offset, part) for offset, part, _ in parts])
+                    del pending[key]
+                    whole = self._ref(number, site_id, tuple(place for _, _, place in sorted(parts)))
+                    yield whole, self._read_parts(whole, self._pool.take)
             if pending:
                 raise CorruptStreamError(f"{self.path}: {len(pending)} records lack a part")
 

@@ -74,6 +74,7 @@ _FRESH_S = 5.0
 """A measured cost says less about a machine that others use than the proportions do once it is so old."""
 _HEADROOM = 1.1
 _WEIGHT = 0.25
+_TRY_EVERY = 24
 
 
 class _Average:
@@ -96,8 +97,9 @@ class TierControl:
 
     A tier can take ``min(workers / seconds a byte, disk bytes a second * ratio)``. Needed is the rate of arrival, at
     most the target, or what clears the backlog in half a second if that is more, and a tenth on top. Where no tier
-    can, the one that takes most. Without a target every page gets the best tier. Costs are measured as pages go by
-    (wall time, so that other users of the cores count).
+    can, the one that takes most. Every 24th page that is not compressed best tries the next better tier, so that its
+    cost stays known. Without a target every page gets the best tier. Costs are measured as pages go by (wall time, so
+    that other users of the cores count).
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class TierControl:
         self._arrivals = 0.0
         self._arrivals_s = clock()
         self._backlog_bytes = 0
+        self._pages = 0
 
     def arrived(self, num_bytes: int) -> None:
         """A page of raw bytes waits for a worker."""
@@ -136,18 +139,21 @@ class TierControl:
         with self._lock:
             self._backlog_bytes -= num_bytes
 
-    def encoded(self, dtype: str, tier: int, raw_bytes: int, stored_bytes: int, seconds: float) -> None:
-        """A page was compressed in so many seconds of a worker."""
+    def encoded(
+        self, dtype: str, tier: int, raw_bytes: int, stored_bytes: int, seconds: float | None
+    ) -> None:
+        """A page was compressed in so many seconds of a worker; None: in more than pages like it take."""
         if not raw_bytes:
             return
         with self._lock:
             now_s = self._clock()
-            cost = seconds / raw_bytes
             self.raw_bytes[TIER_NAMES[tier]] += raw_bytes
-            self._costs.setdefault((dtype, tier), _Average(cost)).feed(cost, now_s)
+            if seconds is not None:
+                cost = seconds / raw_bytes
+                self._costs.setdefault((dtype, tier), _Average(cost)).feed(cost, now_s)
+                self._speed.feed(cost / _SECONDS_PER_BYTE[tier], now_s)
             ratio = raw_bytes / stored_bytes
             self._ratios.setdefault((dtype, tier), _Average(ratio)).feed(ratio, now_s)
-            self._speed.feed(cost / _SECONDS_PER_BYTE[tier], now_s)
 
     def written(self, num_bytes: int, seconds: float) -> None:
         """So many bytes went to the file in so many seconds."""
@@ -163,10 +169,13 @@ class TierControl:
         with self._lock:
             needed = self._needed()
             capacities = {tier: self._capacity(dtype, tier) for tier in self.tiers}
-        for tier in reversed(self.tiers):
-            if capacities[tier] >= needed:
-                return tier
-        return max(self.tiers, key=lambda tier: (capacities[tier], tier))
+        keeping = [tier for tier in self.tiers if capacities[tier] >= needed]
+        tier = max(keeping) if keeping else max(self.tiers, key=lambda tier: (capacities[tier], tier))
+        self._pages += 1
+        if tier != best and self._pages % _TRY_EVERY == 0:
+            # What a better tier costs now is known by trying only.
+            return self.tiers[self.tiers.index(tier) + 1]
+        return tier
 
     def capacity_bytes_per_s(self, dtype: str) -> float:
         """The most raw bytes a second that any tier can take of a dtype, as measured so far."""

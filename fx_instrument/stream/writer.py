@@ -306,7 +306,9 @@ class StreamWriter:
         buffers = [row[1] for row in page.rows]
         encoded = encoder.encode(buffers, page.dtype, site=page.only_site(), tier=tier)
         seconds = time.perf_counter() - started_s
-        self.tiers.encoded(page.dtype, tier, page.raw_bytes, encoded.payload_bytes, seconds)
+        self.tiers.encoded(
+            page.dtype, tier, page.raw_bytes, encoded.payload_bytes, seconds if encoder.typical else None
+        )
         rows, raw_directory, num_shapes = page.directory()
         directory_encoding, directory = encode_directory(self.codec, raw_directory)
         steps = rows["step"]

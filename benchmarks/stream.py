@@ -1,0 +1,384 @@
+"""What the stream costs: ratios, speeds as shares of a memcpy in the same process, random access, memory.
+
+    OMP_NUM_THREADS=1 python benchmarks/stream.py [--synthetic] [--gb 2] [--json FILE]
+
+The values are the attention and MLP outputs of SmolLM2-135M on English text: prefill of 8 x 512 tokens, then 16 decode
+steps of 8. Speeds are bytes a CPU second of the whole process, medians of interleaved rounds; a memcpy runs over the
+same memory in every round, so that a machine whose speed drifts drifts for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import platform
+import random
+import resource
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from fx_instrument.stream import filters
+from fx_instrument.stream.codec import _HUFFMAN_ONLY, backend_versions
+from fx_instrument.stream.reader import StreamReader
+from fx_instrument.stream.records import RecordMeta
+from fx_instrument.stream.writer import StreamWriter
+
+Values = npt.NDArray[Any]
+Step = list[tuple[str, Values]]
+"""The records of one step: site and values (bfloat16 as its bit patterns)."""
+Data = dict[str, tuple[str, list[Step]]]
+"""Name of the workload -> dtype and steps."""
+
+
+def real_data() -> Data:
+    """Activations of the model, by forward hooks."""
+    import pydoc_data.topics
+
+    import torch
+
+    from fx_instrument.demo.smollm import load_model
+
+    text = "\n".join(pydoc_data.topics.topics.values())
+    data: Data = {}
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        model, tokenizer = load_model(dtype)
+        ids = tokenizer(text, return_tensors="pt").input_ids[0, : 8 * 512].reshape(8, 512)
+        seen: Step = []
+
+        def keep(site: str, seen: Step, module: Any, args: Any, output: Any) -> None:
+            value = (output[0] if isinstance(output, tuple) else output).detach()
+            bits = value.view(torch.uint16) if value.dtype == torch.bfloat16 else value
+            seen.append((site, bits.clone().numpy()))
+
+        for number, layer in enumerate(model.model.layers):
+            layer.self_attn.register_forward_hook(partial(keep, f"layers.{number}.self_attn", seen))
+            layer.mlp.register_forward_hook(partial(keep, f"layers.{number}.mlp", seen))
+        with torch.no_grad():
+            if name == "fp32":
+                model(ids[:2])
+                data["fp32 prefill"] = ("float32", [seen])
+                continue
+            output = model(ids, use_cache=True)
+            data["bf16 prefill"] = ("bfloat16", [list(seen)])
+            steps = []
+            for _ in range(16):
+                seen.clear()
+                next_ids = output.logits[:, -1].argmax(-1, keepdim=True)
+                output = model(next_ids, past_key_values=output.past_key_values, use_cache=True)
+                steps.append(list(seen))
+            data["bf16 decode"] = ("bfloat16", steps)
+    return data
+
+
+def synthetic_data() -> Data:
+    """Normal values under log-normal channel scales, in the shapes of the real ones."""
+    rng = np.random.default_rng(0)
+
+    def values(*shape: int) -> npt.NDArray[np.float32]:
+        scales = np.exp(rng.standard_normal(shape[-1]) * 0.7).astype(np.float32)
+        return rng.standard_normal(shape, np.float32) * scales
+
+    def bf16(*shape: int) -> npt.NDArray[np.uint16]:
+        return (values(*shape).view(np.uint32) >> 16).astype(np.uint16)
+
+    sites = [f"layers.{number // 2}.{'mlp' if number % 2 else 'self_attn'}" for number in range(60)]
+    return {
+        "bf16 prefill": ("bfloat16", [[(site, bf16(8, 512, 576)) for site in sites]]),
+        "bf16 decode": ("bfloat16", [[(site, bf16(8, 1, 576)) for site in sites] for _ in range(16)]),
+        "fp32 prefill": ("float32", [[(site, values(2, 512, 576)) for site in sites]]),
+    }
+
+
+def as_bytes(values: Values) -> npt.NDArray[np.uint8]:
+    return values.reshape(-1).view(np.uint8)
+
+
+def repeated(steps: list[Step], num_bytes: int) -> list[Step]:
+    """The steps again and again until they are so many bytes."""
+    size = sum(values.nbytes for step in steps for _, values in step)
+    return steps * max(1, round(num_bytes / size))
+
+
+def entropy_bound(dtype: str, steps: list[Step]) -> float:
+    """The ratio that an ideal order-0 coder of each site's planes would reach."""
+    by_site: dict[str, list[Values]] = {}
+    for step in steps:
+        for site, values in step:
+            by_site.setdefault(site, []).append(as_bytes(values))
+    raw, bits = 0, 0.0
+    for parts in by_site.values():
+        page = np.concatenate(parts)
+        raw += len(page)
+        planes = filters.Planes().split(
+            filters.split_filter(dtype), [page], np.empty(len(page) + 64, np.uint8)
+        )
+        for plane in planes:
+            shares = np.bincount(plane, minlength=256) / len(plane)
+            shares = shares[shares > 0]
+            bits -= float((shares * np.log2(shares)).sum()) * len(plane)
+    return raw / (bits / 8)
+
+
+class Meter:
+    """CPU and wall seconds of a call."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.result = call()
+        self.wall, self.cpu = time.perf_counter() - wall, time.process_time() - cpu
+
+
+def memcpy_cpu(steps: list[Step]) -> float:
+    """CPU seconds of copying every record once."""
+    target = np.empty(max(values.nbytes for step in steps for _, values in step), np.uint8)
+
+    def copy() -> None:
+        for step in steps:
+            for _, values in step:
+                np.copyto(target[: values.nbytes], as_bytes(values))
+
+    return Meter(copy).cpu
+
+
+def write(path: Path | None, dtype: str, steps: list[Step], **options: Any) -> StreamWriter:
+    writer = StreamWriter(path, metadata={}, **options)
+    sites = {site: writer.add_site(site, "other") for step in steps for site, _ in step}
+    metas = [
+        (RecordMeta(sites[site], number, 0, dtype, values.shape), as_bytes(values))
+        for number, step in enumerate(steps)
+        for site, values in step
+    ]
+    for meta, data in metas:
+        writer.put(meta, data)
+    writer.close({})
+    return writer
+
+
+def scan(path: Path) -> int:
+    with StreamReader(path) as reader:
+        return sum(len(data) for _, data in reader.scan())
+
+
+def measure_codecs(data: Data, folder: Path, rounds: int) -> dict[str, Any]:
+    """Ratio, writing and reading speed of each codec on each workload."""
+    found: dict[str, Any] = {}
+    for name, (dtype, steps) in data.items():
+        bound = entropy_bound(dtype, steps)
+        many = repeated(steps, 300_000_000)
+        raw = sum(values.nbytes for step in many for _, values in step)
+        speeds: dict[str, list[tuple[float, float, float]]] = {codec: [] for codec in ("none", "lz4", "zstd")}
+        ratios = {}
+        for _ in range(rounds):
+            copy_s = memcpy_cpu(many)
+            for codec, rows in speeds.items():
+                sink = Meter(partial(write, None, dtype, many, codec=codec, num_workers=1))
+                path = folder / "codec.stream"
+                write(path, dtype, many, codec=codec, num_workers=1)
+                reading = Meter(partial(scan, path))
+                ratios[codec] = raw / sink.result.stored_bytes
+                rows.append((sink.cpu, reading.cpu, copy_s))
+        for codec, rows in speeds.items():
+            found[f"{name} {codec}"] = {
+                "ratio": ratios[codec],
+                "share_of_bound": ratios[codec] / bound,
+                "write_x_memcpy": statistics.median(copy / write_s for write_s, _, copy in rows),
+                "write_gb_per_cpu_s": statistics.median(raw / write_s / 1e9 for write_s, _, _ in rows),
+                "read_gb_per_cpu_s": statistics.median(raw / read_s / 1e9 for _, read_s, _ in rows),
+                "read_x_write": statistics.median(write_s / read_s for write_s, read_s, _ in rows),
+            }
+    return found
+
+
+def measure_huffman(data: Data) -> dict[str, float]:
+    """Huffman-only against zstd-1 on the same planes of exponents."""
+    dtype, steps = data["bf16 prefill"]
+    planes = [
+        filters.Planes().split(filters.split_filter(dtype), [page], np.empty(len(page) + 64, np.uint8))[0]
+        for page in (as_bytes(values) for _, values in steps[0])
+    ]
+    huffman = zstandard.ZstdCompressor(compression_params=_HUFFMAN_ONLY)
+    level1 = zstandard.ZstdCompressor(level=1)
+    a = Meter(lambda: sum(len(huffman.compress(plane.data)) for plane in planes))
+    b = Meter(lambda: sum(len(level1.compress(plane.data)) for plane in planes))
+    return {"speed_x_zstd1": b.cpu / a.cpu, "size_x_zstd1": a.result / b.result}
+
+
+def measure_put() -> dict[str, float]:
+    """Microseconds that put takes of a 9216-byte record, and a bare memmove of it."""
+    count, size = 20_000, 9216
+    source, target = np.ones(size, np.uint8), np.empty(size, np.uint8)
+    meta = RecordMeta(0, 0, 0, "bfloat16", (8, 1, 576))
+    results: dict[str, list[float]] = {"put_us": [], "memmove_us": []}
+    for _ in range(5):
+        writer = StreamWriter(None, metadata={}, codec="none", num_workers=1)
+        writer.add_site("a", "mlp")
+        started = time.thread_time()
+        for _ in range(count):
+            writer.put(meta, source)
+        results["put_us"].append((time.thread_time() - started) / count * 1e6)
+        writer.close({})
+        started = time.thread_time()
+        for _ in range(count):
+            ctypes.memmove(target.ctypes.data, source.ctypes.data, size)
+        results["memmove_us"].append((time.thread_time() - started) / count * 1e6)
+    return {name: statistics.median(times) for name, times in results.items()}
+
+
+def measure_workers(data: Data, rounds: int) -> dict[str, float]:
+    """Wall-clock gain of two compressor threads over one."""
+    dtype, steps = data["bf16 prefill"]
+    gains = []
+    for _ in range(rounds):
+        walls = [
+            Meter(partial(write, None, dtype, steps * 3, codec="zstd", num_workers=n)).wall for n in (1, 2)
+        ]
+        gains.append(walls[0] / walls[1])
+    return {"two_workers_x_one": statistics.median(gains)}
+
+
+def measure_large_file(data: Data, folder: Path, num_bytes: int) -> dict[str, Any]:
+    """Random access, memory and recovery on a file of so many raw bytes."""
+    dtype, steps = data["bf16 prefill"]
+    path = folder / "large.stream"
+    many = repeated(steps, num_bytes)
+    writing = Meter(lambda: write(path, dtype, many, codec="zstd", num_workers=2))
+    found: dict[str, Any] = {
+        "gb": sum(v.nbytes for s in many for _, v in s) / 1e9,
+        "write_wall_s": writing.wall,
+    }
+    opening = Meter(lambda: StreamReader(path))
+    with opening.result as reader:
+        rng = random.Random(0)
+        places = [(rng.choice(reader.sites).id, rng.randrange(reader.num_steps)) for _ in range(100)]
+        found["open_ms"] = opening.wall * 1e3
+        finds = [Meter(lambda place=place: reader.find(*place)) for place in places]
+        found["find_ms_median"] = statistics.median(meter.wall for meter in finds) * 1e3
+        found["find_ms_p99"] = sorted(meter.wall for meter in finds)[-2] * 1e3
+        reads = [Meter(lambda ref=meter.result: reader.read(ref)) for meter in finds if meter.result]
+        found["read_mb"] = reads[0].result.nbytes / 1e6
+        found["read_ms_median"] = statistics.median(meter.wall for meter in reads) * 1e3
+    recovering = Meter(lambda: StreamReader(path, recover=True))
+    recovering.result.close()
+    found["recover_s_per_gb"] = recovering.wall / (path.stat().st_size / 1e9)
+    path.unlink()
+    return found
+
+
+def measure_target(data: Data) -> list[dict[str, Any]]:
+    """Producers that offer ten times the target, held back by a bound on what waits; what is kept, and how."""
+    dtype, steps = data["bf16 prefill"]
+    return [overload(dtype, steps[0], target) for target in (0.3e9, 0.6e9, 1.2e9, 2.4e9)]
+
+
+def overload(
+    dtype: str, records: Step, target: float, bound: int = 200_000_000, run_s: float = 4
+) -> dict[str, Any]:
+    writer = StreamWriter(None, metadata={}, codec="zstd", target_bytes_per_s=target)
+    sites = {site: writer.add_site(site, "other") for site, _ in records}
+    room = threading.Condition()
+    waiting = offered = step = 0
+
+    def done(size: int) -> None:
+        nonlocal waiting
+        with room:
+            waiting -= size
+            room.notify()
+
+    started = time.perf_counter()
+    while time.perf_counter() - started < run_s:
+        for site, values in records:
+            size = values.nbytes
+            with room:
+                room.wait_for(lambda: waiting < bound)
+                # No sooner than a load of ten times the target would come.
+                room.wait_for(
+                    lambda: False, max(0.0, started + offered / (10 * target) - time.perf_counter())
+                )
+                waiting += size
+            meta = RecordMeta(sites[site], step, 0, dtype, values.shape)
+            writer.put(meta, as_bytes(values), partial(done, size))
+            offered += size
+        step += 1
+    writer.close({})
+    seconds = time.perf_counter() - started
+    return {
+        "target_gb_s": target / 1e9,
+        "kept_gb_s": writer.raw_bytes / seconds / 1e9,
+        "ratio": writer.raw_bytes / writer.stored_bytes,
+        "tiers": {name: count / writer.raw_bytes for name, count in writer.tiers.raw_bytes.items()},
+        "capacity_gb_s": writer.tiers.capacity_bytes_per_s(dtype) / 1e9,
+        "held_bytes_bound_mb": (bound + writer.memory_bytes) / 1e6,
+    }
+
+
+def versions() -> dict[str, Any]:
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return {
+        "command": " ".join(sys.argv),
+        "cpu": cpu,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        **backend_versions(),
+    }
+
+
+def show(title: str, rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
+    print(f"\n{title}")
+    for name, values in rows:
+        flat = {**values, **values.get("tiers", {})}
+        figures = "  ".join(f"{key} {value:.3f}" for key, value in flat.items() if isinstance(value, float))
+        print(f"  {name:22s} {figures}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--synthetic", action="store_true", help="made-up values instead of the model's")
+    parser.add_argument("--gb", type=float, default=2.0, help="raw size of the large file")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    options = parser.parse_args()
+    data = synthetic_data() if options.synthetic else real_data()
+    found: dict[str, Any] = {"data": "synthetic" if options.synthetic else "SmolLM2-135M"}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        found["codecs"] = measure_codecs(data, folder, options.rounds)
+        show("codecs", found["codecs"].items())
+        found["huffman"] = measure_huffman(data)
+        found["put"] = measure_put()
+        found["workers"] = measure_workers(data, options.rounds)
+        show("pieces", ((key, found[key]) for key in ("huffman", "put", "workers")))
+        found["target"] = measure_target(data)
+        show("target under a tenfold load", ((f"{row['target_gb_s']} GB/s", row) for row in found["target"]))
+        found["large_file"] = measure_large_file(data, folder, int(options.gb * 1e9))
+        show("large file", [("zstd", found["large_file"])])
+    found["versions"] = versions()
+    print(json.dumps(found["versions"]))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
