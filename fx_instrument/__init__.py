@@ -12,6 +12,8 @@ from .errors import (
     CorruptStreamError,
     InstrumentationError,
     MissingCompilerError,
+    MissingPackageError,
+    MissingRecordError,
     NoSitesError,
     NotAStreamError,
     NotInstrumentedError,
@@ -20,8 +22,10 @@ from .errors import (
     TruncatedStreamError,
     UnsupportedStreamError,
 )
+from .export import export_stream
 from .framework import Capture, InstrumentationFramework
 from .graph.sites import Site
+from .repair import recover_stream
 from .version import __version__
 
 __all__ = [
@@ -39,6 +43,8 @@ __all__ = [
     "InstrumentationError",
     "InstrumentationFramework",
     "MissingCompilerError",
+    "MissingPackageError",
+    "MissingRecordError",
     "NoSitesError",
     "NotAStreamError",
     "NotInstrumentedError",
@@ -49,5 +55,7 @@ __all__ = [
     "UnsupportedStreamError",
     "__version__",
     "analyze_activations",
+    "export_stream",
     "open_stream",
+    "recover_stream",
 ]
