@@ -141,7 +141,8 @@ def _quantise_rows(rows: F32, dtype: str, error: float) -> tuple[npt.NDArray[np.
 def widen(data: U8, dtype: str) -> F32:
     """The values of raw bytes as float32, 1-D."""
     if dtype == "float32":
-        return data.view("<f4")
+        whole: F32 = data.view("<f4")
+        return whole
     if dtype == "float16":
         half: F32 = data.view("<f2").astype(np.float32)
         return half
@@ -154,7 +155,9 @@ def narrow(values: F32, dtype: str) -> npt.NDArray[Any]:
         return values
     if dtype == "float16":
         with np.errstate(over="ignore"):
-            return values.astype("<f2")
+            half: npt.NDArray[Any] = values.astype("<f2")
+        return half
     bits = values.view(np.uint32)
     rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-    return (rounded >> np.uint32(16)).astype("<u2")
+    upper: npt.NDArray[Any] = (rounded >> np.uint32(16)).astype("<u2")
+    return upper
