@@ -294,3 +294,38 @@ print(resident() - before)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 96 << 20
+
+
+def test_padding_of_a_real_generate_is_left_out(tmp_path):
+    """The masks that transformers passes, prefill and cached decode, against eager hooks and the tokenizer's mask."""
+    transformers = pytest.importorskip("transformers")
+    from fx_instrument import InstrumentationConfig, InstrumentationFramework
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(2, 64, (3, 6))
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 1]])
+    inputs = {"input_ids": ids.where(mask.bool(), 0), "attention_mask": mask}
+    seen = []
+    name = "model.layers.1.mlp"
+    handle = model.get_submodule(name).register_forward_hook(
+        lambda module, args, output: seen.append(output.clone())
+    )
+    model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    handle.remove()
+
+    framework = InstrumentationFramework(InstrumentationConfig())
+    framework.instrument_model(model, backend="aot_eager")
+    with framework.capture_activations(tmp_path / "a.stream"):
+        model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    framework.restore(model)
+    site = framework.analyze_activations(tmp_path / "a.stream")["sites"][name]
+    rows = torch.cat([seen[0][mask.bool()], *(output.reshape(-1, 32) for output in seen[1:])])
+    assert (len(seen), site["tokens"], site["records"]) == (4, 14 + 3 * 3, 4)
+    assert site["mean"] == pytest.approx(rows.double().mean().item(), rel=1e-4, abs=1e-7)
+    assert site["std"] == pytest.approx(rows.double().std(correction=0).item(), rel=1e-5)
+    assert site["max_token_norm"] == pytest.approx(rows.double().norm(dim=-1).max().item(), rel=1e-5)
