@@ -18,7 +18,7 @@ import pytest
 from stream_files import CODECS, DoneCounts, Sample, contents, floats, put_all, small_samples, write
 
 from fx_instrument.errors import CaptureFailedError, TruncatedStreamError
-from fx_instrument.stream import writer as writer_module
+from fx_instrument.stream import files as files_module
 from fx_instrument.stream.reader import StreamReader
 from fx_instrument.stream.records import RecordMeta
 from fx_instrument.stream.writer import StreamWriter
@@ -194,7 +194,7 @@ def test_a_full_disk_is_told_and_costs_only_what_came_after(
         room[0] -= len(data)
         return real(fd, [data])
 
-    monkeypatch.setattr(writer_module.os, "writev", writev)
+    monkeypatch.setattr(files_module.os, "writev", writev)
     done = DoneCounts()
     writer = StreamWriter(tmp_path / "a.stream", metadata={}, codec="none", num_workers=2)
     samples = [Sample("a", step, floats(1000, step), "bfloat16") for step in range(30)]

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import queue
-import stat
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from fx_instrument.errors import CaptureFailedError
 from fx_instrument.stream.blocks import MAX_PAGE_BYTES, MAX_ROWS, BlockHeader
 from fx_instrument.stream.codec import PageEncoder, empty_frame, encode_directory
+from fx_instrument.stream.files import open_file, sync, write_all
 from fx_instrument.stream.frames import ALIGNMENT, CODEC_CODES, SEGMENT_ID_BYTES, Prolog, write_sites
 from fx_instrument.stream.index import IndexRow, write_index
 from fx_instrument.stream.pages import U8, Countdown, Page, Row
@@ -33,7 +31,6 @@ _WORKER_PAGES = 4
 """What a worker holds at most in pages: gathered, planes, compressed planes and the room zstd asks for."""
 MIN_MEMORY_BYTES = _WORKER_PAGES * MIN_PAGE_BYTES + _WORKER_FIXED_BYTES
 """The least that a writer works with: one worker, the smallest pages."""
-_IOV_MAX = 1000
 
 
 class StreamWriter:
@@ -98,6 +95,7 @@ class StreamWriter:
         self._turn = 0
         self._turn_changed = threading.Condition()
         self._abandoned = False
+        self._stopping = False
         self._closed = False
         self._segment_offset = 0
         self._resumed: Resumed | None = None
@@ -105,7 +103,7 @@ class StreamWriter:
         if mode == "a" and path is not None:
             self._resume(path)
         if self._resumed is None:
-            self._fd = _open_file(path, mode)
+            self._fd = open_file(path, mode)
             try:
                 self._write(beginning)
             except BaseException:
@@ -244,12 +242,15 @@ class StreamWriter:
         self._close_file()
 
     def _stop(self) -> None:
-        self._closed = True
+        """Let the workers finish; after an interrupt it can be called again."""
         self.seal()
-        for _ in self._workers:
-            self._queue.put(None)
+        if not self._stopping:
+            self._stopping = True
+            for _ in self._workers:
+                self._queue.put(None)
         for worker in self._workers:
             worker.join()
+        self._closed = True
 
     def _close_file(self) -> None:
         fd, self._fd = self._fd, None
@@ -383,31 +384,13 @@ class StreamWriter:
         )
         self._write([index])
         if self._fd is not None:
-            try:
-                os.fsync(self._fd)
-            except OSError as error:
-                # A pipe or a device has nothing to sync.
-                if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
-                    raise
+            sync(self._fd)
 
     def _write(self, pieces: Sequence[Any]) -> None:
         views = [memoryview(piece).cast("B") for piece in pieces if len(piece)]
         if self._fd is not None:
-            _write_all(self._fd, views)
+            write_all(self._fd, views)
         self.stored_bytes += sum(map(len, views))
-
-
-def _write_all(fd: int, views: list[memoryview]) -> None:
-    position = 0
-    while position < len(views):
-        written = os.writev(fd, views[position : position + _IOV_MAX])
-        if written <= 0:
-            raise OSError(errno.EIO, "a write stored nothing")
-        while position < len(views) and written >= len(views[position]):
-            written -= len(views[position])
-            position += 1
-        if written:
-            views[position] = views[position][written:]
 
 
 def _fit_memory(memory_bytes: int, num_workers: int | None, page_bytes: int | None) -> tuple[int, int]:
@@ -427,29 +410,3 @@ def _fit_memory(memory_bytes: int, num_workers: int | None, page_bytes: int | No
         room = (memory_bytes // num_workers - _WORKER_FIXED_BYTES) // _WORKER_PAGES
         page_bytes = max(MIN_PAGE_BYTES, min(MAX_PAGE_BYTES, room // 4096 * 4096))
     return num_workers, page_bytes
-
-
-def _open_file(path: os.PathLike[str] | str | None, mode: str) -> int | None:
-    """A new private file, or None for the null sink.
-
-    Mode "w" puts a new file in the place of the old one instead of truncating it: a reader that has the old one
-    mapped would die of SIGBUS.
-    """
-    if path is None:
-        return None
-    flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
-    if mode == "x":
-        return os.open(path, flags | os.O_EXCL, 0o600)
-    fd = os.open(path, flags, 0o600)
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode) or not status.st_size:
-        return fd
-    real = Path(path).resolve()
-    try:
-        real.unlink()
-    except OSError:
-        # The folder may not be ours to change: then the old file's memory is the new one's.
-        os.ftruncate(fd, 0)
-        return fd
-    os.close(fd)
-    return os.open(real, flags | os.O_EXCL, 0o600)
