@@ -301,12 +301,11 @@ def overload(
         for site, values in records:
             size = values.nbytes
             with room:
-                room.wait_for(lambda: waiting < bound)
-                # No sooner than a load of ten times the target would come.
-                room.wait_for(
-                    lambda: False, max(0.0, started + offered / (10 * target) - time.perf_counter())
-                )
+                while waiting >= bound:
+                    room.wait()
                 waiting += size
+            # No sooner than a load of ten times the target would come.
+            time.sleep(max(0.0, started + offered / (10 * target) - time.perf_counter()))
             meta = RecordMeta(sites[site], step, 0, dtype, values.shape)
             writer.put(meta, as_bytes(values), partial(done, size))
             offered += size
