@@ -46,8 +46,9 @@ class TokenRows:
             seen = np.flatnonzero(mask.any(axis=0))
             end = max(tokens, int(seen[-1]) + 1 if len(seen) else end)
         columns = mask[:, end - tokens : end] != 0
-        if not columns[:, 0].any():
-            # No sequence sees the step's first token: a sliding window hides it, it is no padding.
+        if mask.dtype == np.bool_ and not columns[:, 0].any():
+            # A boolean mask is one row of a 4-D one: that no sequence sees the step's first token means that a
+            # sliding window hides it, not that it is padding.
             return None
         kept: npt.NDArray[np.bool_] = columns.reshape(-1)
         return None if kept.all() else kept
@@ -74,7 +75,10 @@ class TokenRows:
             return cached
         inputs: dict[str, npt.NDArray[Any]] = {}
         for name, values in self._stream.inputs(step).items():
-            inputs[name] = values.numpy() != 0 if name.endswith("mask") else values.numpy()
+            array = values.numpy()
+            # A byte an element is enough of an integer mask; boolean ones stay boolean.
+            is_wide_mask = name.endswith("mask") and array.dtype != np.bool_
+            inputs[name] = (array != 0).view(np.uint8) if is_wide_mask else array
         self._cache[step] = inputs
         self._cached_bytes += sum(values.nbytes for values in inputs.values())
         while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:

@@ -94,6 +94,15 @@ def test_padding_is_left_out_and_the_mask_may_be_longer_than_the_step(tmp_path):
     assert site["tokens"] == 10
 
 
+def test_padding_that_every_sequence_begins_with_is_left_out(tmp_path):
+    """As padding to a fixed length gives; only a row of a 4-D mask, which is boolean, may hide tokens otherwise."""
+    made = values(2, 4, 8)
+    mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
+    for step_mask, tokens in ((mask, 5), (mask.bool(), 8)):
+        inputs = [{"input_ids": torch.zeros(2, 4, dtype=torch.int64), "attention_mask": step_mask}]
+        assert analyse(tmp_path, [{SITE: made}], inputs=inputs)["sites"][SITE]["tokens"] == tokens
+
+
 def test_a_mask_of_a_decode_step_may_hide_its_own_token(tmp_path):
     """A sequence that ended while others go on."""
     made = values(2, 1, 4)
