@@ -135,11 +135,15 @@ def test_caches_hit() -> None:
             with framework.capture_activations(None) as capture:
                 fresh(ids)
         assert capture.report.records == 4
-        return dict(counters["aot_autograd"])
+        return {**counters["aot_autograd"], **counters["inductor"]}
 
     with torch._inductor.utils.fresh_cache():
         first = both()
         second = both()
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            third = both()
+    assert first.get("fxgraph_cache_miss") == 2 and not first.get("fxgraph_cache_bypass")
+    assert third.get("fxgraph_cache_hit") == 2 and not third.get("fxgraph_cache_miss")
     assert first.get("autograd_cache_miss") == 2 and not first.get("autograd_cache_bypass")
     assert second.get("autograd_cache_hit") == 2 and not second.get("autograd_cache_miss")
     del model

@@ -146,7 +146,9 @@ def widen(data: U8, dtype: str) -> F32:
     if dtype == "float16":
         half: F32 = data.view("<f2").astype(np.float32)
         return half
-    return (data.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+    upper: npt.NDArray[np.uint32] = data.view("<u2").astype(np.uint32)
+    bits: F32 = (upper << np.uint32(16)).view(np.float32)
+    return bits
 
 
 def narrow(values: F32, dtype: str) -> npt.NDArray[Any]:
