@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import platform
 import random
 import resource
@@ -153,17 +154,34 @@ def memcpy_cpu(steps: list[Step]) -> float:
 
 
 def write(path: Path | None, dtype: str, steps: list[Step], **options: Any) -> StreamWriter:
-    writer = StreamWriter(path, metadata={}, **options)
-    sites = {site: writer.add_site(site, "other") for step in steps for site, _ in step}
-    metas = [
-        (RecordMeta(sites[site], number, 0, dtype, values.shape), as_bytes(values))
+    """Write all records; the time is that of ``put`` and the workers, the records' descriptions were made before."""
+    return _put_all(StreamWriter(path, metadata={}, **options), describe(dtype, steps))
+
+
+Described = tuple[list[str], list[tuple[RecordMeta, npt.NDArray[np.uint8]]]]
+
+
+def describe(dtype: str, steps: list[Step]) -> Described:
+    names = list(dict.fromkeys(site for step in steps for site, _ in step))
+    ids = {name: number for number, name in enumerate(names)}
+    return names, [
+        (RecordMeta(ids[site], number, 0, dtype, values.shape), as_bytes(values))
         for number, step in enumerate(steps)
         for site, values in step
     ]
-    for meta, data in metas:
+
+
+def _put_all(writer: StreamWriter, described: Described) -> StreamWriter:
+    for name in described[0]:
+        writer.add_site(name, "other")
+    for meta, data in described[1]:
         writer.put(meta, data)
     writer.close({})
     return writer
+
+
+def write_to_null(codec: str, described: Described) -> StreamWriter:
+    return _put_all(StreamWriter(None, metadata={}, codec=codec, num_workers=1), described)
 
 
 def scan(path: Path) -> int:
@@ -178,12 +196,13 @@ def measure_codecs(data: Data, folder: Path, rounds: int) -> dict[str, Any]:
         bound = entropy_bound(dtype, steps)
         many = repeated(steps, 300_000_000)
         raw = sum(values.nbytes for step in many for _, values in step)
+        described = describe(dtype, many)
         speeds: dict[str, list[tuple[float, float, float]]] = {codec: [] for codec in ("none", "lz4", "zstd")}
         ratios = {}
         for _ in range(rounds):
             copy_s = memcpy_cpu(many)
             for codec, rows in speeds.items():
-                sink = Meter(partial(write, None, dtype, many, codec=codec, num_workers=1))
+                sink = Meter(partial(write_to_null, codec, described))
                 path = folder / "codec.stream"
                 write(path, dtype, many, codec=codec, num_workers=1)
                 reading = Meter(partial(scan, path))
@@ -334,6 +353,8 @@ def versions() -> dict[str, Any]:
     return {
         "command": " ".join(sys.argv),
         "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg(),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
