@@ -33,8 +33,8 @@ def analyze_activations(
     """What the stream file holds, and what the values of each of its sites look like, as plain JSON values.
 
     The file is read once, front to back; memory grows with the number of sites and channels, not with the file.
-    All sums are float64, merged with the formulas of Chan et al. and Pebay
-    (https://www.osti.gov/servlets/purl/1028931), so long files lose no digits.
+    All sums are float64, merged with the formulas of Chan et al. and Pébay (Sandia report SAND2008-6212), so long
+    files lose no digits.
 
     Args:
         path: a file that ``capture_activations`` wrote.
@@ -134,7 +134,7 @@ class Moments:
         )
 
     def merge(self, other: Moments) -> None:
-        """Take in ``other``'s values (Pebay 2008, equations 2.1, 3.1 and 3.5, in the order m4, m3, m2, mean)."""
+        """Take in ``other``'s values; m4 goes first, for it needs the old m3 and m2, and so on down (Pébay 2008)."""
         a, b = self.count, other.count
         n = a + b
         if b == 0:
