@@ -4,7 +4,8 @@
 
 Every round runs each variant once, in an order that changes from round to round, and a variant's figure is the
 median over rounds of its time divided by that of "compiled, nothing captured" in the same round: a machine whose
-speed drifts drifts for both. Times are wall and CPU (all threads of the process, so the compressor's work counts there).
+speed drifts drifts for both. Times are wall and CPU (all threads of the process, so that the compressor's work counts
+there).
 """
 
 from __future__ import annotations

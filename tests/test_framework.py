@@ -205,7 +205,7 @@ def test_resuming(tmp_path: Path) -> None:
     before = path.read_bytes()
     for config in ({"compression_algorithm": "zstd"}, {"granularity": HookGranularity.SAMPLED_SLICES}):
         other = instrumented(model, **{"compression_algorithm": "lz4", **config})
-        with pytest.raises(ValueError, match="codec|sampling"), other.capture_activations(path, mode="a"):
+        with pytest.raises(ValueError, match=r"codec|sampling"), other.capture_activations(path, mode="a"):
             pass
         other.restore(model)
     assert path.read_bytes() == before
