@@ -32,6 +32,8 @@ from fx_instrument.stream.payload import (
     stored_zstd_bytes,
     stored_zstd_plane,
 )
+from fx_instrument.stream.quantise import DTYPES as QUANTISABLE
+from fx_instrument.stream.quantise import Layout, quantise
 from fx_instrument.stream.tiers import BEST, FAST, RAW, Choice, Choices
 
 U8 = npt.NDArray[np.uint8]
@@ -48,8 +50,10 @@ _HUFFMAN_ONLY = zstandard.ZstdCompressionParameters(
     target_length=0,
 )
 _WORTH = 0.99
-"""A slower method, or any at all, must make a page at least so much smaller."""
+"""Compressing must make a plane at least so much smaller."""
 _LZ4_WORTH = 0.97
+_MATCHES_WORTH = 0.98
+"""zstd-1 takes 2.7 times as long as Huffman-only."""
 _PROBE_BYTES = 128 << 10
 """Of a plane: enough for zstd-1 to meet tokens again."""
 _SAMPLE_SLICES, _SAMPLE_SLICE_BYTES = 4, 4096
@@ -101,6 +105,32 @@ class PageEncoder:
         choice.stored(sum(map(len, buffers)), encoded.payload_bytes)
         return encoded
 
+    def encode_within(
+        self,
+        buffers: Sequence[U8],
+        layouts: Sequence[Layout],
+        dtype: str,
+        max_relative_error: float,
+        *,
+        site: int,
+    ) -> EncodedPage:
+        """As ``encode``, with values that may be off by so much; exact where that takes no more room."""
+        if dtype in QUANTISABLE:
+            found = quantise(buffers, layouts, dtype, max_relative_error)
+            codes = found.codes.view(np.uint16)
+            high, low = np.right_shift(codes, 8).astype(np.uint8), codes.astype(np.uint8)
+            compress = self._huffman.compress if self.codec == "zstd" else _lz4_compress
+            planes: list[Plane] = [_if_smaller(compress(plane.data), plane) for plane in (high, low)]
+            if self.codec == "none":
+                planes = [[high], [low]]
+            rest = np.frombuffer(found.table + found.kept, np.uint8)
+            encoded = build_payload(self._family, filters.QUANTISED[dtype], [*planes, [rest]])
+            self.typical = True
+            # Half the page's rows kept as they are outweigh what the others save.
+            if 2 * len(found.kept) < sum(map(len, buffers)):
+                return encoded
+        return self.encode(buffers, dtype, site=site)
+
     def _packed(self, filter_code: int, buffers: Sequence[U8]) -> EncodedPage:
         planes = self._planes.split(filter_code, buffers, self._scratch)
         return build_payload(self._family, filter_code, [[plane] for plane in planes])
@@ -120,7 +150,7 @@ class PageEncoder:
             share = len(sample) / max(1, len(first))
             rest = share * sum(map(len, others))
             huffman, zstd1 = len(self._huffman.compress(sample.data)), len(self._zstd1.compress(sample.data))
-            choice.learnt("zstd1" if rest + zstd1 < _WORTH * (rest + huffman) else "huffman")
+            choice.learnt("zstd1" if rest + zstd1 < _MATCHES_WORTH * (rest + huffman) else "huffman")
         compressor = self._zstd1 if choice.method == "zstd1" else self._huffman
         planes.append(_if_smaller(compressor.compress(first.data), first))
         for plane in others:

@@ -73,6 +73,9 @@ _DRAIN_S = 0.5
 _FRESH_S = 5.0
 """A measured cost says less about a machine that others use than the proportions do once it is so old."""
 _HEADROOM = 1.1
+"""Over the target."""
+_GROWTH = 1.25
+"""Over arrivals below the target: a producer that is held back arrives no faster than its pages are taken."""
 _WEIGHT = 0.25
 _TRY_EVERY = 24
 
@@ -95,11 +98,11 @@ class _Average:
 class TierControl:
     """Chooses for each page the tier of highest ratio that keeps the rate.
 
-    A tier can take ``min(workers / seconds a byte, disk bytes a second * ratio)``. Needed is the rate of arrival, at
-    most the target, or what clears the backlog in half a second if that is more, and a tenth on top. Where no tier
-    can, the one that takes most. Every 24th page that is not compressed best tries the next better tier, so that its
-    cost stays known. Without a target every page gets the best tier. Costs are measured as pages go by (wall time, so
-    that other users of the cores count).
+    A tier can take ``min(workers / seconds a byte, disk bytes a second * ratio)``. Needed is a quarter more
+    than the rate of arrival, or what clears the backlog in half a second, and at most a tenth more than the target.
+    Where no tier can, the one that takes most. Every 24th page that is not compressed best tries the next better
+    tier, so that its cost stays known. Without a target every page gets the best tier. Costs are measured as pages go
+    by (wall time, so that other users of the cores count).
     """
 
     def __init__(
@@ -124,6 +127,7 @@ class TierControl:
         self._disk = _Average(0.0)
         self._arrivals = 0.0
         self._arrivals_s = clock()
+        self._first_s: float | None = None
         self._backlog_bytes = 0
         self._pages = 0
 
@@ -132,6 +136,8 @@ class TierControl:
         with self._lock:
             self._arrivals = self._decayed() + num_bytes
             self._arrivals_s = self._clock()
+            if self._first_s is None:
+                self._first_s = self._arrivals_s
             self._backlog_bytes += num_bytes
 
     def left(self, num_bytes: int) -> None:
@@ -187,8 +193,10 @@ class TierControl:
 
     def _needed(self) -> float:
         target = self.target_bytes_per_s or 0.0
-        arriving = self._decayed() / _ARRIVAL_S
-        return _HEADROOM * min(max(arriving, self._backlog_bytes / _DRAIN_S), target)
+        # The average knows nothing of the time before the first page.
+        known = max(_DRAIN_S, self._clock() - self._first_s) if self._first_s is not None else _DRAIN_S
+        arriving = self._decayed() / (_ARRIVAL_S * -math.expm1(-known / _ARRIVAL_S))
+        return min(_GROWTH * max(arriving, self._backlog_bytes / _DRAIN_S), _HEADROOM * target)
 
     def _capacity(self, dtype: str, tier: int) -> float:
         cost = self._costs.get((dtype, tier))

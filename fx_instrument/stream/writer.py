@@ -58,6 +58,7 @@ class StreamWriter:
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
         page_bytes: int | None = None,
         target_bytes_per_s: float | None = None,
+        max_relative_error: float | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -73,6 +74,7 @@ class StreamWriter:
         self.tiers = TierControl(
             TIERS_OF_CODEC[codec], target_bytes_per_s=target_bytes_per_s, num_workers=num_workers
         )
+        self.max_relative_error = max_relative_error
         self.first_step = 0
         self.failure: BaseException | None = None
         self.stored_bytes = 0
@@ -301,15 +303,16 @@ class StreamWriter:
                 self._turn_changed.notify_all()
 
     def _store(self, page: Page, encoder: PageEncoder) -> None:
+        started_s = time.perf_counter()
         page.group_by_site()
         tier = self.tiers.choose(page.dtype)
-        started_s = time.perf_counter()
         buffers = [row[1] for row in page.rows]
-        encoded = encoder.encode(buffers, page.dtype, site=page.only_site(), tier=tier)
-        seconds = time.perf_counter() - started_s
-        self.tiers.encoded(
-            page.dtype, tier, page.raw_bytes, encoded.payload_bytes, seconds if encoder.typical else None
-        )
+        if self.max_relative_error is None:
+            encoded = encoder.encode(buffers, page.dtype, site=page.only_site(), tier=tier)
+        else:
+            encoded = encoder.encode_within(
+                buffers, page.layouts(), page.dtype, self.max_relative_error, site=page.only_site()
+            )
         rows, raw_directory, num_shapes = page.directory()
         directory_encoding, directory = encode_directory(self.codec, raw_directory)
         steps = rows["step"]
@@ -333,11 +336,17 @@ class StreamWriter:
             plane_bytes=encoded.plane_bytes,
             plane_encodings=encoded.plane_encodings,
         )
+        seconds = time.perf_counter() - started_s
         with self._turn_of(page):
             if self.failure is None and not self._abandoned:
-                self._append(page, header, directory, encoded)
+                seconds += self._append(page, header, directory, encoded)
+        # All that a page keeps its worker busy with; waiting for its turn is not.
+        self.tiers.encoded(
+            page.dtype, tier, page.raw_bytes, encoded.payload_bytes, seconds if encoder.typical else None
+        )
 
-    def _append(self, page: Page, header: BlockHeader, directory: bytes, encoded: EncodedPage) -> None:
+    def _append(self, page: Page, header: BlockHeader, directory: bytes, encoded: EncodedPage) -> float:
+        """Write a block; the seconds that it took."""
         if page.num_sites > self._sites_written:
             self._write([write_sites(self._sites[self._sites_written : page.num_sites], self._segment_id)])
             self._sites_written = page.num_sites
@@ -345,7 +354,8 @@ class StreamWriter:
         head = header.write(directory, offset, LEAD_BYTES)
         started_s = time.perf_counter()
         self._write([head, *encoded.pieces])
-        self.tiers.written(len(head) + encoded.payload_bytes, time.perf_counter() - started_s)
+        seconds = time.perf_counter() - started_s
+        self.tiers.written(len(head) + encoded.payload_bytes, seconds)
         sites = {row[0].site_id for row in page.rows}
         self._blocks.append(
             IndexRow(
@@ -365,6 +375,7 @@ class StreamWriter:
             captured = [row for row in page.rows if row[0].site_id not in self._inputs]
         self.raw_bytes += sum(len(row[1]) for row in captured)
         self.num_records += sum(row[3] == 0 for row in captured)
+        return seconds
 
     def _write_end(self, summary: Mapping[str, Any]) -> None:
         num_steps = summary.get("num_steps", 0)
