@@ -95,6 +95,9 @@ class InstrumentationConfig:
     max_memory_gb: float = 1.0
     """The most host memory that buffering may hold, in GB (1e9 bytes)."""
     hook_config: HookConfig = field(default_factory=HookConfig)
+    max_relative_error: float | None = None
+    """None stores every bit. A number in (0, 1) lets each token's vector be off by so much of its length (L2), for
+    float32, bfloat16 and float16; whatever can't be kept within it is stored exactly."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.granularity, HookGranularity):
@@ -111,6 +114,10 @@ class InstrumentationConfig:
         _positive(self.max_memory_gb, "max_memory_gb")
         if not isinstance(self.hook_config, HookConfig):
             raise TypeError(f"hook_config must be a HookConfig, got {self.hook_config!r}")
+        if self.max_relative_error is not None:
+            error = _positive(self.max_relative_error, "max_relative_error")
+            if error >= 1:
+                raise ValueError(f"max_relative_error must be below 1, got {self.max_relative_error!r}")
 
     @property
     def max_memory_bytes(self) -> int:
@@ -124,6 +131,7 @@ class InstrumentationConfig:
             "compression_algorithm": self.compression_algorithm,
             "target_throughput_gbps": self.target_throughput_gbps,
             "max_memory_gb": self.max_memory_gb,
+            "max_relative_error": self.max_relative_error,
             "hook_config": {
                 "sampling_rate": self.hook_config.sampling_rate,
                 "seed": self.hook_config.seed,

@@ -288,6 +288,7 @@ class Capture:
             mode=self._mode,
             memory_bytes=max(MIN_MEMORY_BYTES, config.max_memory_bytes // _WRITER_SHARE),
             target_bytes_per_s=config.target_throughput_gbps * 1e9,
+            max_relative_error=config.max_relative_error,
         )
         sampled = config.granularity is HookGranularity.SAMPLED_SLICES
         self._session = Session(

@@ -33,7 +33,7 @@ from fx_instrument.stream.payload import (
     stored_zstd_plane,
 )
 from fx_instrument.stream.quantise import DTYPES as QUANTISABLE
-from fx_instrument.stream.quantise import Layout, quantise
+from fx_instrument.stream.quantise import Layout, quantise, split_codes
 from fx_instrument.stream.tiers import BEST, FAST, RAW, Choice, Choices
 
 U8 = npt.NDArray[np.uint8]
@@ -117,8 +117,7 @@ class PageEncoder:
         """As ``encode``, with values that may be off by so much; exact where that takes no more room."""
         if dtype in QUANTISABLE:
             found = quantise(buffers, layouts, dtype, max_relative_error)
-            codes = found.codes.view(np.uint16)
-            high, low = np.right_shift(codes, 8).astype(np.uint8), codes.astype(np.uint8)
+            high, low = split_codes(found.codes)
             compress = self._huffman.compress if self.codec == "zstd" else _lz4_compress
             planes: list[Plane] = [_if_smaller(compress(plane.data), plane) for plane in (high, low)]
             if self.codec == "none":

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fx_instrument.errors import CorruptStreamError, UnsupportedStreamError
+from fx_instrument.stream.quantise import join_codes, restore
 
 U8 = npt.NDArray[np.uint8]
 
@@ -40,6 +41,10 @@ to 14, else 15. The nibbles of a piece of m elements are (m + 1) // 2 bytes: byt
 whose nibble is 15.
 """
 
+QUANTISED = {"float32": 8, "bfloat16": 9, "float16": 10}
+"""Values with a bounded error (quantise.py): high bytes of the codes, low bytes, steps and rows kept as they are."""
+
+_QUANTISED_DTYPES = {code: dtype for dtype, code in QUANTISED.items()}
 _WIDTHS: dict[int, tuple[int, ...]] = {
     PLAIN: (1,),
     SPLIT16: (1, 1),
@@ -79,6 +84,9 @@ def packed_filter(dtype: str) -> int | None:
 
 def plane_sizes(filter_code: int, raw_bytes: int) -> tuple[int | None, ...]:
     """Raw bytes of each plane of a page, None for one as long as it is stored; errors as of a file's nonsense."""
+    if filter_code in _QUANTISED_DTYPES:
+        count = raw_bytes // (4 if _QUANTISED_DTYPES[filter_code] == "float32" else 2)
+        return count, count, None
     try:
         widths = _WIDTHS[filter_code]
     except KeyError:
@@ -148,6 +156,10 @@ class Planes:
 
     def join(self, filter_code: int, planes: Sequence[U8], page: U8) -> None:
         """Fill ``page`` from ``planes``: the inverse of ``split``."""
+        if filter_code in _QUANTISED_DTYPES:
+            high, low, rest = planes
+            restore(join_codes(high, low), rest, _QUANTISED_DTYPES[filter_code], page)
+            return
         widths = _WIDTHS[filter_code]
         element = np.dtype(f"<u{sum(widths)}")
         if filter_code in _PACKED:

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fx_instrument.stream.blocks import ROW_DTYPE, Shape, write_directory
-from fx_instrument.stream.records import RecordMeta
+from fx_instrument.stream.quantise import Layout, layout_of
+from fx_instrument.stream.records import DTYPES, RecordMeta
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 Row: TypeAlias = "tuple[RecordMeta, U8, Callable[[], None] | None, int]"
@@ -55,6 +56,14 @@ class Page:
         """The site of all rows, sorted before; -1 if there are several."""
         first, last = _site_of(self.rows[0]), _site_of(self.rows[-1])
         return first if first == last else -1
+
+    def layouts(self) -> list[Layout]:
+        """How the bytes of each row of the page fall into rows of the tensors that they are of."""
+        itemsize = DTYPES[self.dtype][1]
+        return [
+            layout_of(meta.shape, meta.full_shape is not None, part_offset // itemsize)
+            for meta, _, _, part_offset in self.rows
+        ]
 
     def directory(self) -> tuple[npt.NDArray[np.void], bytes, int]:
         """``(rows, raw directory, number of shapes)`` of the page as its rows lie now."""
