@@ -14,19 +14,6 @@ import fx_instrument
 ROOT = Path(fx_instrument.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-# Rooms that may see more than their own strand.
-CROSSING = {
-    "__init__",
-    "framework",
-    "activations",
-    "analysis",
-    "token_rows",
-    "export",
-    "cli",
-    "demo",
-    "integrations",
-    "site_table",
-}
 STRANDS = {"graph", "capture", "stream"}
 # What every room may use.
 SHARED = {"errors", "config", "sampling", "version"}

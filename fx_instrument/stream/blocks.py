@@ -10,9 +10,9 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fx_instrument.errors import CorruptStreamError, UnsupportedStreamError
-from fx_instrument.stream.frames import ALIGNMENT, BLOCK, FRAME_HEAD, Bytes, write_frame
-from fx_instrument.stream.records import DTYPE_NAMES
+from ..errors import CorruptStreamError, UnsupportedStreamError
+from .frames import ALIGNMENT, BLOCK, FRAME_HEAD, Bytes, write_frame
+from .records import DTYPE_NAMES
 
 MAX_PAGE_BYTES = 4 << 20
 """Most raw bytes of one block: the largest block of an LZ4 frame, so that a stored page is contiguous."""

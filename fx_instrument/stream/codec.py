@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from fx_instrument.errors import CorruptStreamError, UnsupportedStreamError
-from fx_instrument.stream import filters
-from fx_instrument.stream.blocks import COMPRESSED, STORED, BlockHeader
-from fx_instrument.stream.frames import CODEC_CODES, Bytes
-from fx_instrument.stream.payload import (
+from ..errors import CorruptStreamError, UnsupportedStreamError
+from . import filters
+from .blocks import COMPRESSED, STORED, BlockHeader
+from .frames import CODEC_CODES, Bytes
+from .payload import (
     EMPTY_LZ4_FRAME,
     EMPTY_ZSTD_FRAME,
     LEAD_BYTES,
@@ -32,9 +32,9 @@ from fx_instrument.stream.payload import (
     stored_zstd_bytes,
     stored_zstd_plane,
 )
-from fx_instrument.stream.quantise import DTYPES as QUANTISABLE
-from fx_instrument.stream.quantise import Layout, quantise, split_codes
-from fx_instrument.stream.tiers import BEST, FAST, RAW, Choice, Choices
+from .quantise import DTYPES as QUANTISABLE
+from .quantise import Layout, quantise, split_codes
+from .tiers import BEST, FAST, RAW, Choice, Choices
 
 U8 = npt.NDArray[np.uint8]
 

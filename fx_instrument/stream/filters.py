@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from fx_instrument.errors import CorruptStreamError, UnsupportedStreamError
-from fx_instrument.stream.quantise import join_codes, restore
+from ..errors import CorruptStreamError, UnsupportedStreamError
+from .quantise import join_codes, restore
 
 U8 = npt.NDArray[np.uint8]
 

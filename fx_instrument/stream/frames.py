@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from fx_instrument.errors import CorruptStreamError, TruncatedStreamError, UnsupportedStreamError
-from fx_instrument.stream.records import SiteEntry
+from ..errors import CorruptStreamError, TruncatedStreamError, UnsupportedStreamError
+from .records import SiteEntry
 
 VERSION = (1, 0)
 ALIGNMENT = 64

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fx_instrument.errors import CorruptStreamError
-from fx_instrument.stream.frames import (
+from ..errors import CorruptStreamError
+from .frames import (
     ALIGNMENT,
     FRAME_HEAD,
     INDEX,
@@ -24,7 +24,7 @@ from fx_instrument.stream.frames import (
     sites_of,
     write_frame,
 )
-from fx_instrument.stream.records import Damage, SiteEntry
+from .records import Damage, SiteEntry
 
 PartialKey = tuple[int, int, int]
 """Site, step and call of a record that lies in several blocks."""

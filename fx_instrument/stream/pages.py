@@ -9,9 +9,9 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fx_instrument.stream.blocks import ROW_DTYPE, Shape, write_directory
-from fx_instrument.stream.quantise import Layout, layout_of
-from fx_instrument.stream.records import DTYPES, RecordMeta
+from .blocks import ROW_DTYPE, Shape, write_directory
+from .quantise import Layout, layout_of
+from .records import DTYPES, RecordMeta
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 Row: TypeAlias = "tuple[RecordMeta, U8, Callable[[], None] | None, int]"

@@ -14,8 +14,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fx_instrument.errors import CorruptStreamError
-from fx_instrument.stream.blocks import COMPRESSED, MAX_PLANES, STORED
+from ..errors import CorruptStreamError
+from .blocks import COMPRESSED, MAX_PLANES, STORED
 
 U8 = npt.NDArray[np.uint8]
 Piece: TypeAlias = "bytes | U8"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fx_instrument.errors import CorruptStreamError
+from ..errors import CorruptStreamError
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]

@@ -15,12 +15,12 @@ from typing import Any, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
-from fx_instrument.errors import CorruptStreamError, StreamError, TruncatedStreamError
-from fx_instrument.stream.buffers import BufferPool
-from fx_instrument.stream.codec import decode_page, page_in_place
-from fx_instrument.stream.records import Damage, SiteEntry, record_bytes
-from fx_instrument.stream.recovery import recover_segments
-from fx_instrument.stream.segments import Block, load_block, open_segments
+from ..errors import CorruptStreamError, StreamError, TruncatedStreamError
+from .buffers import BufferPool
+from .codec import decode_page, page_in_place
+from .records import Damage, SiteEntry, record_bytes
+from .recovery import recover_segments
+from .segments import Block, load_block, open_segments
 
 U8 = npt.NDArray[np.uint8]
 _V = TypeVar("_V")

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fx_instrument.errors import CorruptStreamError, StreamError, UnsupportedStreamError
-from fx_instrument.stream.frames import (
+from ..errors import CorruptStreamError, StreamError, UnsupportedStreamError
+from .frames import (
     BLOCK,
     CODEC_NAMES,
     INDEX,
@@ -25,10 +25,10 @@ from fx_instrument.stream.frames import (
     read_sites,
     segment_id_of,
 )
-from fx_instrument.stream.index import PartialKey, read_index
-from fx_instrument.stream.payload import EMPTY_LZ4_FRAME, EMPTY_ZSTD_FRAME
-from fx_instrument.stream.records import Damage, SiteEntry, record_bytes
-from fx_instrument.stream.segments import Block, Segment, empty_frame_at, parse_block, read_prolog
+from .index import PartialKey, read_index
+from .payload import EMPTY_LZ4_FRAME, EMPTY_ZSTD_FRAME
+from .records import Damage, SiteEntry, record_bytes
+from .segments import Block, Segment, empty_frame_at, parse_block, read_prolog
 
 _TAGGED = re.compile(b"|".join(re.escape(tag) for tag in TAGS.values()))
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from fx_instrument.errors import CorruptStreamError, StreamError, TruncatedStreamError
-from fx_instrument.stream.frames import FRAME_HEAD, write_void_head
-from fx_instrument.stream.index import IndexRow
-from fx_instrument.stream.records import Damage, SiteEntry
-from fx_instrument.stream.recovery import Recovery, recover_segments
-from fx_instrument.stream.segments import Block, Segment
+from ..errors import CorruptStreamError, StreamError, TruncatedStreamError
+from .frames import FRAME_HEAD, write_void_head
+from .index import IndexRow
+from .records import Damage, SiteEntry
+from .recovery import Recovery, recover_segments
+from .segments import Block, Segment
 
 _MAX_VOID_BYTES = 1 << 31
 

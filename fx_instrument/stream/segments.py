@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fx_instrument.errors import CorruptStreamError, NotAStreamError, StreamError, TruncatedStreamError
-from fx_instrument.stream.blocks import BlockHeader, Directory, read_directory
-from fx_instrument.stream.codec import decode_directory
-from fx_instrument.stream.frames import (
+from ..errors import CorruptStreamError, NotAStreamError, StreamError, TruncatedStreamError
+from .blocks import BlockHeader, Directory, read_directory
+from .codec import decode_directory
+from .frames import (
     BLOCK,
     INDEX,
     PROLOG,
@@ -22,9 +22,9 @@ from fx_instrument.stream.frames import (
     read_frame,
     segment_id_of,
 )
-from fx_instrument.stream.index import PartialKey, read_index, read_tail
-from fx_instrument.stream.payload import EMPTY_LZ4_FRAME, EMPTY_ZSTD_FRAME, checksum
-from fx_instrument.stream.records import Damage, SiteEntry
+from .index import PartialKey, read_index, read_tail
+from .payload import EMPTY_LZ4_FRAME, EMPTY_ZSTD_FRAME, checksum
+from .records import Damage, SiteEntry
 
 
 @dataclass(slots=True)

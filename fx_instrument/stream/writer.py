@@ -11,17 +11,17 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fx_instrument.errors import CaptureFailedError
-from fx_instrument.stream.blocks import MAX_PAGE_BYTES, MAX_ROWS, BlockHeader
-from fx_instrument.stream.codec import PageEncoder, empty_frame, encode_directory
-from fx_instrument.stream.files import open_file, sync, write_all
-from fx_instrument.stream.frames import ALIGNMENT, CODEC_CODES, SEGMENT_ID_BYTES, Prolog, write_sites
-from fx_instrument.stream.index import IndexRow, write_index
-from fx_instrument.stream.pages import U8, Countdown, Page, Row
-from fx_instrument.stream.payload import LEAD_BYTES, EncodedPage
-from fx_instrument.stream.records import DTYPES, RecordMeta, SiteEntry, record_bytes
-from fx_instrument.stream.resume import Resumed, resume_file
-from fx_instrument.stream.tiers import TIERS_OF_CODEC, Choices, TierControl
+from ..errors import CaptureFailedError
+from .blocks import MAX_PAGE_BYTES, MAX_ROWS, BlockHeader
+from .codec import PageEncoder, empty_frame, encode_directory
+from .files import open_file, sync, write_all
+from .frames import ALIGNMENT, CODEC_CODES, SEGMENT_ID_BYTES, Prolog, write_sites
+from .index import IndexRow, write_index
+from .pages import U8, Countdown, Page, Row
+from .payload import LEAD_BYTES, EncodedPage
+from .records import DTYPES, RecordMeta, SiteEntry, record_bytes
+from .resume import Resumed, resume_file
+from .tiers import TIERS_OF_CODEC, Choices, TierControl
 
 DEFAULT_MEMORY_BYTES = 64 << 20
 MIN_PAGE_BYTES = 16 << 10
