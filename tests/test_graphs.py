@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from collections.abc import Callable, Sequence
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+import torch.utils.checkpoint
 from hooks import eager_values
-from models import PLAIN, SHARED, Shape, make, tokens
+from models import PLAIN, Shape, make, tokens
 from torch import fx, nn
 from torch._dynamo.utils import counters
 
@@ -327,21 +329,79 @@ def test_another_backend_is_refused() -> None:
         foreign(ids)
 
 
-def test_marks_in_nested_graphs_are_refused() -> None:
-    """A site inside a checkpointed region is refused with the reason."""
-    from torch.utils.checkpoint import checkpoint
+class Nested(nn.Module):
+    """A decoder whose layers run inside nested graphs."""
 
-    class Checkpointed(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.decoder = make(Shape(depth=3, in_place=True))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.decoder.embed(input_ids)
+        for layer in self.decoder.layers:
+            if self.kind == "checkpoint":
+                x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = region(layer, x)
+        logits: torch.Tensor = self.decoder.lm_head(x)
+        return logits
+
+
+@torch.compiler.nested_compile_region
+def region(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = layer(x)
+    return out
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("kind", ["checkpoint", "region"])
+def test_nested_graphs(kind: str, backend: str, tmp_path: Any) -> None:
+    """Sites inside checkpointed layers and nested regions are captured, by name, and gradients stay as they are."""
+    from fx_instrument import open_stream
+
+    ids = tokens(2, 5)
+    gradients = []
+    for captured in (False, True):
+        torch._dynamo.reset()
+        model = Nested(kind).train()
+        reference = copy.deepcopy(model)
+        framework = instrumented(model, backend=backend)
+        with framework.capture_activations(tmp_path / "o.stream") if captured else contextlib.nullcontext():
+            model(ids).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(plain, kept) for plain, kept in zip(*gradients, strict=True))
+    names = [site.name for site in framework.sites]
+    assert len(names) == 6
+    expected = eager_values(reference, names, lambda m: m(ids))
+    with open_stream(tmp_path / "o.stream") as stream:
+        assert len(stream) == len(expected) == 6
+        for key, value in expected.items():
+            if backend == "aot_eager":
+                assert torch.equal(stream.read(*key), value), key
+            else:
+                torch.testing.assert_close(stream.read(*key), value)
+
+
+def test_marks_in_branches_are_refused() -> None:
+    """A site that runs in one branch of a cond is refused with the reason."""
+
+    class Branching(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inside = make(SHARED).layers[0]
+            self.mlp = make(PLAIN).layers[0].mlp
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return checkpoint(self.inside, x, use_reentrant=False)
+            out: torch.Tensor = torch.cond(x.sum() > 0, lambda x: self.mlp(x), lambda x: x.clone(), (x,))
+            return out
 
-    model = Checkpointed().train()
-    framework = instrumented(model, backend="aot_eager")
-    with framework.capture_activations(None), pytest.raises(RewriteError, match="nested graph"):
+    model = Branching()
+    framework = instrumented(model, InstrumentationConfig(HookGranularity.MLP_ONLY), backend="aot_eager")
+    with (
+        torch.no_grad(),
+        framework.capture_activations(None),
+        pytest.raises(RewriteError, match="nested graph"),
+    ):
         model(torch.randn(1, 3, 16))
 
 

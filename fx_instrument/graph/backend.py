@@ -50,6 +50,11 @@ class SiteFinder:
         """The marked modules whose first parameter this is: one, or nested or tied ones in module order."""
         return self._by_parameter.get(id(parameter), [])
 
+    def parameter_of(self, site: Site) -> nn.Parameter | None:
+        """The first parameter of a site's module."""
+        model = self._model()
+        return first_parameter(model.get_submodule(site.name)) if model is not None else None
+
     def is_chosen(self, site: Site) -> bool:
         """A site, not a sibling of one that carries a marker as well."""
         return site.name in self._chosen
@@ -109,6 +114,11 @@ class CaptureBackend:
         module_id = str(next(reversed(stack), "")).partition("@")[0]
         if module_id.isdigit() and (site := self._finder.by_module.get(int(module_id))) is not None:
             # A graph of the whole model runs for no other module, so there a sibling's value is never wanted.
+            same = self._finder.by_parameter(anchor)
+            if anchor is not None and site not in same:
+                # The one body of a nested region, called for another layer than it was traced for.
+                parameter = self._finder.parameter_of(site)
+                return same[self._finder.by_parameter(parameter).index(site)]
             whole = str(next(reversed(stack.values()))[0]) == f"L['self'].{site.name}"
             return None if whole and not self._finder.is_chosen(site) else site
         # Behind a graph break the rest of a frame is traced without the module's stack.

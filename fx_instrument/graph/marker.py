@@ -80,7 +80,10 @@ def step_end() -> None:
     """Mark where a traced forward call of the model ends."""
 
 
-for mark in (tap, step_begin, step_end):
+MARKS = (tap, step_begin, step_end)
+"""Everything that the hooks leave in a traced graph, and the pass takes out again."""
+
+for mark in MARKS:
     torch.compiler.allow_in_graph(mark)  # type: ignore[no-untyped-call]
     has_side_effect(mark)
 

@@ -24,12 +24,11 @@ from torch import fx
 
 from ..errors import RewriteError
 from ..sampling import fold_seed, num_samples, place
-from .marker import step_begin, step_end, tap
+from .marker import MARKS, step_begin, tap
+from .nested import copy_graph, has_marks, lift_marks
 from .sites import Site
 
 log = logging.getLogger(__name__)
-
-_MARKS = (tap, step_begin, step_end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +77,12 @@ def insert_captures(
     ``site_of(mark, argument index of its anchor)`` names the site; where it says None the mark is only removed.
 
     Raises:
-        RewriteError: a mark stands inside a nested graph (checkpointing, a nested region), or is of no known site.
+        RewriteError: a mark is of no known site, or stands in a nested graph that it can't be lifted from.
     """
-    if not any(node.op == "call_function" and node.target in _MARKS for node in gm.graph.nodes):
-        _refuse_nested_marks(gm)
+    if not any(has_marks(child) for child in gm.modules() if isinstance(child, fx.GraphModule)):
         return None
-    _refuse_nested_marks(gm)
     copy = _copy(gm)
+    lift_marks(copy)
     graph = copy.graph
     planned: list[Planned] = []
     extra: list[fx.Node] = []
@@ -93,7 +91,7 @@ def insert_captures(
     inputs: tuple[int, ...] = ()
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in _MARKS:
+        if node.op != "call_function" or node.target not in MARKS:
             continue
         if node.target is tap:
             source, anchor = node.args
@@ -134,12 +132,7 @@ def insert_captures(
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy with its own graph and the same submodules, parameters and what Dynamo noted on graph and nodes."""
-    graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    copied: Any = graph.graph_copy(gm.graph, mapping, return_output_node=True)
-    assert copied is not None, "a traced graph has an output node"
-    value, old_output = copied
-    graph.output(value).meta = old_output.meta.copy()
+    graph, mapping = copy_graph(gm.graph)
     for old, new in mapping.items():
         # Sources name a placeholder's origin in guards; plain graph copies leave these attributes behind.
         if (source := getattr(old, "_dynamo_source", None)) is not None:
@@ -150,18 +143,6 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
         if hasattr(gm, name):
             setattr(copy, name, getattr(gm, name))
     return copy
-
-
-def _refuse_nested_marks(gm: fx.GraphModule) -> None:
-    for name, child in gm.named_modules():
-        if child is gm or not isinstance(child, fx.GraphModule):
-            continue
-        for node in child.graph.nodes:
-            if node.op == "call_function" and node.target in _MARKS:
-                raise RewriteError(
-                    f"a site runs inside the nested graph {name!r} (activation checkpointing or a nested compile "
-                    f"region), whose values can't be captured exactly yet: switch that off while capturing"
-                )
 
 
 class _Inserter(fx.proxy.GraphAppendingTracer):
