@@ -8,14 +8,16 @@ value is there and end when it is on the disk:
 
 - The peer is used as its documentation says: a model, ``instrument_model``, ``capture_activations``. It hooks the
   direct children of a model, so the model is one whose children return the values.
-- Ours begins where the compiled graph hands its outputs on (``Session.reserve`` and ``deliver``, one run a step), with
-  the writer's best compression whatever the rate.
+- "capture" begins where our compiled graph hands its outputs on (``Session.reserve`` and ``deliver``, one run a step).
+- "writer" is our file alone, from ``StreamWriter.put`` on: no steps, no bound on memory, no drain thread.
+
+Both of ours compress as well as they can, whatever the rate.
 
 bfloat16 is what the peer can't take: it stores nothing and says nothing. To compare speeds on the very same bytes it
 is given them as int16 ("as int16"), which its user would have to do by hand. float32 it rounds to float16, unasked.
 
-Speed is bytes captured a second (wall clock, and CPU of the whole process): what was lost does not count. The ratios
-are medians over rounds.
+Times are those of a captured record (wall clock, and CPU of the whole process): what was lost does not count. "Times
+the peer" is the median over rounds of the peer's time by ours in the same round.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from stream import Data, Meter, Step, real_data, repeated, synthetic_data, versions
+from stream import Data, Described, Meter, Step, real_data, repeated, synthetic_data, versions
 from torch import nn
 
 from fx_instrument.capture.session import Session
@@ -52,6 +54,9 @@ TARGETS = {
     ("none", "decode"): 12.0,
 }
 """How many times the peer's speed is asked for."""
+
+SIDES = ["capture", "writer", "peer"]
+CLOCKS = ["wall", "cpu"]
 
 Steps = list[list[tuple[str, torch.Tensor]]]
 
@@ -123,6 +128,24 @@ def run_ours(path: Path, codec: str, names: Sequence[str], steps: Steps) -> None
     session.close()
 
 
+def described_for_writer(names: list[str], steps: Steps) -> Described:
+    dtype = str(steps[0][0][1].dtype).removeprefix("torch.")
+    return names, [
+        (RecordMeta(index, number, 0, dtype, tuple(value.shape)), value.view(-1).view(torch.uint8).numpy())
+        for number, step in enumerate(steps)
+        for index, (_, value) in enumerate(step)
+    ]
+
+
+def run_writer(path: Path, codec: str, described: Described) -> None:
+    writer = StreamWriter(path, metadata={}, codec=codec, memory_bytes=MAX_MEMORY_BYTES // 4)
+    for name in described[0]:
+        writer.add_site(name, "mlp" if name.endswith("mlp") else "attention")
+    for meta, data in described[1]:
+        writer.put(meta, data)
+    writer.close({})
+
+
 def count_ours(path: Path, steps: Steps) -> int:
     """The records in the file that are, bit for bit, what was handed over."""
     same = 0
@@ -168,51 +191,52 @@ def measure(
     assert max(Counter(names).values()) == 1 and all(len(step) == len(names) for step in ours)
     expected = sum(len(step) for step in ours)
     raw = sum(value.nbytes for step in ours for _, value in step)
-    mine, others = folder / "ours.stream", folder / "peer.stream"
-    rows = []
-    for number in range(rounds):
-        meters: dict[str, Meter] = {}
-        runs = {
-            "ours": partial(run_ours, mine, codec, names, ours),
-            "peer": partial(run_peer, peer, others, codec, names, theirs),
-        }
-        for side in ("ours", "peer") if number % 2 else ("peer", "ours"):
-            meters[side] = Meter(runs[side])
-        rows.append((meters["ours"], meters["peer"], count_ours(mine, ours), count_peer(peer, others, codec)))
-    found: dict[str, float | int] = {
-        "raw_mb": raw / 1e6,
-        "records_expected": expected,
-        "records_ours": min(kept for _, _, kept, _ in rows),
-        "records_peer": min(kept for _, _, _, kept in rows),
-        "ratio_ours": raw / mine.stat().st_size,
-        "ours_mb_s": statistics.median(raw * kept / expected / m.wall for m, _, kept, _ in rows) / 1e6,
-        "peer_mb_s": statistics.median(raw * kept / expected / m.wall for _, m, _, kept in rows) / 1e6,
+    paths = {side: folder / f"{side}.stream" for side in SIDES}
+    described = described_for_writer(names, ours)
+    runs = {
+        "capture": partial(run_ours, paths["capture"], codec, names, ours),
+        "writer": partial(run_writer, paths["writer"], codec, described),
+        "peer": partial(run_peer, peer, paths["peer"], codec, names, theirs),
     }
-    if all(kept for _, _, _, kept in rows):
-        found["ratio_peer"] = raw * rows[-1][3] / expected / others.stat().st_size
-        for clock in ("wall", "cpu"):
-            found[f"x_peer_{clock}"] = statistics.median(
-                (getattr(b, clock) / peer_kept) / (getattr(a, clock) / our_kept)
-                for a, b, our_kept, peer_kept in rows
-            )
+    kept = dict.fromkeys(SIDES, expected)
+    # Microseconds that a captured record takes; of nothing captured there is none.
+    costs: dict[tuple[str, str], list[float]] = {}
+    for number in range(rounds):
+        meters = {side: Meter(runs[side]) for side in SIDES[number % 3 :] + SIDES[: number % 3]}
+        for side in SIDES:
+            count = count_peer(peer, paths[side], codec) if side == "peer" else count_ours(paths[side], ours)
+            kept[side] = min(kept[side], count)
+            if count:
+                for clock in CLOCKS:
+                    costs.setdefault((side, clock), []).append(getattr(meters[side], clock) / count * 1e6)
+    found: dict[str, float | int] = {"raw_mb": raw / 1e6, "records_expected": expected}
+    for side in SIDES:
+        found[f"records_{side}"] = kept[side]
+        if kept[side]:
+            found[f"ratio_{side}"] = raw * kept[side] / expected / paths[side].stat().st_size
+            for clock in CLOCKS:
+                found[f"{side}_{clock}_us_a_record"] = statistics.median(costs[side, clock])
+    if kept["peer"]:
+        for side in ("capture", "writer"):
+            for clock in CLOCKS:
+                pairs = zip(costs["peer", clock], costs[side, clock], strict=True)
+                found[f"{side}_x_peer_{clock}"] = statistics.median(theirs / mine for theirs, mine in pairs)
     return found
 
 
 def show(found: dict[str, dict[str, float | int]]) -> None:
-    print(
-        f"{'':28s}{'captured / expected records':>36s}{'ratio':>14s}{'MB/s (wall)':>16s}"
-        f"{'x peer: wall':>14s}{'CPU':>7s}{'asked':>7s}"
-    )
-    print(f"{'':28s}{'ours':>18s}{'peer':>18s}{'ours':>7s}{'peer':>7s}{'ours':>8s}{'peer':>8s}")
+    print(f"{'':28s}{'captured of expected':>24s}{'ratio':>14s}{'times the peer: wall':>23s}{'CPU':>15s}")
+    print(f"{'':28s}{'ours':>8s}{'peer':>8s}{'of':>8s}{'ours':>7s}{'peer':>7s}", end="")
+    print(f"{'capture':>12s}{'writer':>8s}{'capture':>10s}{'writer':>8s}{'asked':>8s}")
     for name, row in found.items():
         codec, _, kind = name.split(" ")[:3]
-        kept = [f"{row[key]} / {row['records_expected']}" for key in ("records_ours", "records_peer")]
-        ratios = [f"{row[key]:.2f}" if key in row else "-" for key in ("ratio_ours", "ratio_peer")]
-        gains = [f"{row[key]:.1f}" if key in row else "-" for key in ("x_peer_wall", "x_peer_cpu")]
-        asked = f"{TARGETS[codec, kind]:.0f}" if "x_peer_wall" in row else ""
+        ratios = [f"{row[key]:.2f}" if key in row else "-" for key in ("ratio_capture", "ratio_peer")]
+        gains = [f"{side}_x_peer_{clock}" for clock in CLOCKS for side in ("capture", "writer")]
+        shown = [f"{row[gain]:.1f}" if gain in row else "-" for gain in gains]
         print(
-            f"{name:28s}{kept[0]:>18s}{kept[1]:>18s}{ratios[0]:>7s}{ratios[1]:>7s}{row['ours_mb_s']:8.0f}"
-            f"{row['peer_mb_s']:8.0f}{gains[0]:>14s}{gains[1]:>7s}{asked:>7s}"
+            f"{name:28s}{row['records_capture']:8d}{row['records_peer']:8d}{row['records_expected']:8d}"
+            f"{ratios[0]:>7s}{ratios[1]:>7s}{shown[0]:>12s}{shown[1]:>8s}{shown[2]:>10s}{shown[3]:>8s}"
+            f"{TARGETS[codec, kind]:8.0f}"
         )
 
 
