@@ -302,9 +302,7 @@ class Capture:
             progress=self._progress,
         )
         framework._capture = self
-        # In this order: whoever sees the sink finds the capturing variant, in other threads too.
-        attachment.marker.capturing = True
-        attachment.marker.sink = self._session
+        attachment.open(self._session)
         return self
 
     def __exit__(
@@ -312,10 +310,17 @@ class Capture:
     ) -> None:
         framework, session = self._framework, self._session
         assert session is not None, "a context manager is left after it was entered"
-        marker = framework._attached("capture_activations").marker
-        marker.sink = None
-        marker.capturing = False
-        framework._capture = None
+        attachment = framework._attached("capture_activations")
+        try:
+            attachment.close()
+        finally:
+            framework._capture = None
+            self._finish(session, error)
+        if error is None:
+            # What was replaced inside the block was not captured from then on.
+            attachment.check_unchanged()
+
+    def _finish(self, session: Session, error: BaseException | None) -> None:
         try:
             session.close()
         except CaptureFailedError as failure:

@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import AlreadyInstrumentedError, InstrumentationError
 from .backend import SiteFinder
-from .marker import Marker, hook, step_begin, step_end
+from .gate import Gate
+from .marker import Marker, Sink, give_token, hook, step_begin, step_end, take_token
 from .sites import Site, find_siblings
 
 
@@ -37,11 +38,12 @@ class Attachment:
         modules = {site.name: inner.get_submodule(site.name) for site in sites}
         self._modules = {name: weakref.ref(module) for name, module in modules.items()}
         self.marker = Marker({id(modules[site.name]): site for site in sites})
-        siblings = find_siblings(inner, self.sites)
-        self.finder = SiteFinder(inner, self.sites, siblings)
-        marked = [*modules.values(), *(inner.get_submodule(sibling.name) for sibling in siblings)]
+        marked = {site: inner.get_submodule(site.name) for site in (*sites, *find_siblings(inner, sites))}
+        self._marked = tuple(marked.values())
+        self.finder = SiteFinder({site: give_token(module) for site, module in marked.items()}, sites)
+        self.gate = Gate()
         self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(self.marker) for module in marked
+            module.register_forward_hook(self.marker) for module in self._marked
         ]
         self._input_names = _positional_names(inner)
         self._before: list[tuple[nn.Module, Any]] = []
@@ -60,10 +62,11 @@ class Attachment:
             # In the instance's __dict__, as Module.compile leaves it; absent where only the class has it.
             self._before.append((module, module.__dict__.get("_compiled_call_impl")))
             module.__dict__["_compiled_call_impl"] = CountedCall(
-                idle, capturing, self.marker, self._input_names
+                idle, capturing, self.marker, self.gate, self._input_names
             )
         generation_config = getattr(model, "generation_config", None)
-        if generation_config is not None and hasattr(generation_config, "disable_compile"):
+        on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+        if generation_config is not None and not on_cpu and hasattr(generation_config, "disable_compile"):
             # On accelerators generate() compiles static-cache decoding itself, past this backend.
             self._generation_config = (generation_config, generation_config.disable_compile)
             generation_config.disable_compile = True
@@ -74,6 +77,18 @@ class Attachment:
         names = self._input_names
         self._handles.append(model.register_forward_pre_hook(_BeginStep(marker, names), with_kwargs=True))
         self._handles.append(model.register_forward_hook(_EndStep(marker)))
+
+    def open(self, sink: Sink) -> None:
+        """Run the capturing variant from now on, and deliver to ``sink``."""
+        with self.gate.switch():
+            self.marker.capturing = True
+            self.marker.sink = sink
+
+    def close(self) -> None:
+        """Run the idle variant from now on; calls of other threads that deliver have finished then."""
+        with self.gate.switch():
+            self.marker.sink = None
+            self.marker.capturing = False
 
     def check_unchanged(self) -> None:
         """Raise if a site's module was replaced, moved or stripped of its marker since it was instrumented."""
@@ -96,7 +111,6 @@ class Attachment:
                 f"{', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''}; "
                 f"call restore and instrument_model again"
             )
-        self.finder.refresh()
 
     def detach(self) -> None:
         """Take everything back: hooks, step counting, and the compiled call that stood there before."""
@@ -104,6 +118,8 @@ class Attachment:
         self.marker.sink = None
         for handle in self._handles:
             handle.remove()
+        for module in self._marked:
+            take_token(module)
         for module, before in self._before:
             if before is None:
                 module.__dict__.pop("_compiled_call_impl", None)
@@ -133,17 +149,26 @@ class CountedCall:
         idle: Callable[..., Any],
         capturing: Callable[..., Any],
         marker: Marker,
+        gate: Gate,
         input_names: Sequence[str],
     ) -> None:
+        self._gate = gate
         self._idle = idle
         self._capturing = capturing
         self._marker = marker
         self._input_names = input_names
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        sink = self._marker.sink
-        if sink is None or torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self._idle(*args, **kwargs)
+        self._gate.enter()
+        try:
+            sink = self._marker.sink
+            return self._idle(*args, **kwargs) if sink is None else self._capture(sink, args, kwargs)
+        finally:
+            self._gate.leave()
+
+    def _capture(self, sink: Sink, args: Any, kwargs: Any) -> Any:
         sink.begin_step(_integer_inputs(self._input_names, args, kwargs))
         try:
             return self._capturing(*args, **kwargs)

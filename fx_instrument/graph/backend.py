@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import operator
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch._dynamo import lookup_backend
 
 from ..errors import RewriteError
-from .marker import Marker, first_parameter
+from .marker import Marker
 from .rewrite import Rewritten, Sampling, insert_captures
 from .shapes import SizeReader
 from .sites import Site
@@ -22,42 +21,21 @@ InnerBackend = str | Callable[..., Any]
 
 
 class SiteFinder:
-    """Sites of one instrumented model by the identity of a module or of its first parameter."""
+    """The marked modules of one instrumented model by their tokens."""
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], siblings: Sequence[Site]) -> None:
-        self._model = weakref.ref(model)
-        self._marked = (*sites, *siblings)
-        self._chosen = frozenset(site.name for site in sites)
-        self.generation = 0
-        self.refresh()
+    def __init__(self, tokens: Mapping[Site, torch.Tensor], chosen: Collection[Site]) -> None:
+        self._tokens = tuple(tokens.values())  # kept alive: an id is a name only as long as its tensor lives
+        self._by_id = {id(token): site for site, token in tokens.items()}
+        self._chosen = frozenset(chosen)
 
-    def refresh(self) -> None:
-        """Look at the model anew: parameters may have been replaced since."""
-        model = self._model()
-        if model is None:
-            return
-        self.generation += 1
-        self.by_module: dict[int, Site] = {}
-        self._by_parameter: dict[int, list[Site]] = {}
-        for site in self._marked:
-            module = model.get_submodule(site.name)
-            self.by_module[id(module)] = site
-            parameter = first_parameter(module)
-            if parameter is not None:
-                self._by_parameter.setdefault(id(parameter), []).append(site)
+    def marked(self, token: object) -> Site | None:
+        """The site, or sibling of a site, that the token was given to."""
+        return self._by_id.get(id(token))
 
-    def by_parameter(self, parameter: object) -> list[Site]:
-        """The marked modules whose first parameter this is: one, or nested or tied ones in module order."""
-        return self._by_parameter.get(id(parameter), [])
-
-    def parameter_of(self, site: Site) -> nn.Parameter | None:
-        """The first parameter of a site's module."""
-        model = self._model()
-        return first_parameter(model.get_submodule(site.name)) if model is not None else None
-
-    def is_chosen(self, site: Site) -> bool:
-        """A site, not a sibling of one that carries a marker as well."""
-        return site.name in self._chosen
+    def chosen(self, token: object) -> Site | None:
+        """The site that the token was given to; None for a sibling of one."""
+        site = self._by_id.get(id(token))
+        return site if site in self._chosen else None
 
 
 class CaptureBackend:
@@ -89,15 +67,17 @@ class CaptureBackend:
         self.compiler_name = getattr(self._inner, "compiler_name", None) or str(inner)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Compiled:
-        def site_of(node: fx.Node, anchor: int | None) -> Site | None:
-            return self._site_of(node, example_inputs[anchor] if anchor is not None else None)
+        def is_wanted(mark: fx.Node, token: int) -> bool:
+            return self._is_wanted(mark, example_inputs[token])
 
-        rewritten = insert_captures(gm, site_of, self._sampling)
+        rewritten = insert_captures(gm, is_wanted, self._sampling)
         if rewritten is None:
             compiled: Compiled = self._inner(gm, example_inputs, **kwargs)
             return compiled
-        compiled = self._inner(rewritten.gm, example_inputs, **kwargs)
-        return CapturedGraph(compiled, rewritten, example_inputs, self._marker, self._finder)
+        compiled = self._inner(
+            rewritten.gm, [example_inputs[index] for index in rewritten.arguments], **kwargs
+        )
+        return CapturedGraph(compiled, rewritten, SizeReader(gm), self._marker, self._finder)
 
     def reset(self) -> None:
         if hasattr(self._inner, "reset"):
@@ -107,31 +87,17 @@ class CaptureBackend:
         inner = getattr(self._inner, "get_compiler_config", None)
         return inner() if inner is not None else None
 
-    def _site_of(self, node: fx.Node, anchor: object) -> Site | None:
-        # The hook runs inside the module's call, so the module is the innermost of the stack. Keys are
-        # `str(id(module))`, with `@k` behind it when the module is called again in the same graph.
-        stack = node.meta.get("nn_module_stack") or {}
-        module_id = str(next(reversed(stack), "")).partition("@")[0]
-        if module_id.isdigit() and (site := self._finder.by_module.get(int(module_id))) is not None:
-            # A graph of the whole model runs for no other module, so there a sibling's value is never wanted.
-            same = self._finder.by_parameter(anchor)
-            if anchor is not None and site not in same:
-                # The one body of a nested region, called for another layer than it was traced for.
-                parameter = self._finder.parameter_of(site)
-                return same[self._finder.by_parameter(parameter).index(site)]
-            whole = str(next(reversed(stack.values()))[0]) == f"L['self'].{site.name}"
-            return None if whole and not self._finder.is_chosen(site) else site
-        # Behind a graph break the rest of a frame is traced without the module's stack.
-        candidates = self._finder.by_parameter(anchor)
-        if len(candidates) == 1:
-            return candidates[0]
-        raise RewriteError(
-            f"a capture mark behind a graph break can't be told apart: it may be of {candidates}; choose one of them"
-            if candidates
-            else f"a capture mark stands in the traced graph without a site (innermost module: "
-            f"{list(stack.values())[-1:]}): it has no parameters and stands behind a graph break, or the model was "
-            f"changed after instrument_model"
-        )
+    def _is_wanted(self, mark: fx.Node, token: object) -> bool:
+        site = self._finder.marked(token)
+        if site is None:
+            raise RewriteError(
+                "a capture mark stands in the traced graph without a site: the model was changed after "
+                "instrument_model; restore it and instrument it again"
+            )
+        stack = mark.meta.get("nn_module_stack") or {}
+        path = str(next(reversed(stack.values()))[0]) if stack else ""
+        # A graph of the whole model runs for no other module, so there a sibling's value is never wanted.
+        return path != f"L['self'].{site.name}" or self._finder.chosen(token) is not None
 
 
 def _resolve(
@@ -165,7 +131,7 @@ class CapturedGraph:
         self,
         compiled: Compiled,
         rewritten: Rewritten,
-        example_inputs: Sequence[Any],
+        sizes: SizeReader,
         marker: Marker,
         finder: SiteFinder,
     ) -> None:
@@ -173,35 +139,27 @@ class CapturedGraph:
         self._marker = marker
         self._finder = finder
         self._num_outputs = rewritten.num_outputs
-        self._sites = tuple(planned.site for planned in rewritten.planned)
         self._begins, self._ends = rewritten.begins_step, rewritten.ends_step
         self._input_names, self._inputs = rewritten.input_names, rewritten.inputs
-        sizes = SizeReader(rewritten.gm)
         kept = [planned.kept for planned in rewritten.planned]
         self._num_bytes = sizes.total([(value.numel(), value.element_size()) for value in kept])
-        self._full_shapes = (
-            sizes.shapes([planned.value.shape for planned in rewritten.planned])
-            if rewritten.sampled
-            else None
-        )
-        self._anchors = [planned.anchor for planned in rewritten.planned]
-        # Where each site stands among those with the same first parameter: the same place for another layer's.
-        self._places = [
-            finder.by_parameter(example_inputs[planned.anchor]).index(planned.site)
-            if planned.anchor is not None
-            else 0
-            for planned in rewritten.planned
-        ]
-        distinct = sorted({anchor for anchor in self._anchors if anchor is not None})
-        self._pick_anchors = operator.itemgetter(*distinct) if distinct else None
-        self._known: dict[Any, tuple[Site | None, ...]] = {}
-        self._generation = -1
+        self._full_shapes = None
+        if rewritten.sampled:
+            self._full_shapes = sizes.shapes([planned.value.shape for planned in rewritten.planned])
+            if self._full_shapes is None:
+                raise RewriteError(
+                    "SAMPLED_SLICES can't tell the shape of a site whose size depends on the data: capture whole "
+                    "tensors, or choose other sites"
+                )
+        self._arguments = _picker(rewritten.arguments)
+        self._tokens = _picker([planned.token for planned in rewritten.planned])
+        self._known: dict[tuple[int, ...], tuple[Site | None, ...]] = {}
 
     def __call__(self, *args: Any) -> Any:
         sink = self._marker.sink
         if sink is None:
             # The capture was closed while this call was on its way in another thread.
-            return self._compiled(*args)[: self._num_outputs]
+            return self._compiled(*self._arguments(args))[: self._num_outputs]
         if self._begins:
             named = zip(self._input_names, self._inputs, strict=True)
             sink.begin_step({name: args[index] for name, index in named})
@@ -213,7 +171,7 @@ class CapturedGraph:
         num_bytes = self._num_bytes(args) if self._num_bytes is not None else None
         ticket = sink.reserve(sites, num_bytes) if num_bytes is not None else None
         try:
-            outputs = self._compiled(*args)
+            outputs = self._compiled(*self._arguments(args))
         except BaseException:
             if ticket is not None:
                 sink.cancel(ticket)
@@ -233,23 +191,16 @@ class CapturedGraph:
 
     def _sites_of(self, args: Sequence[Any]) -> tuple[Site | None, ...]:
         """The sites of this run; None for a module that runs this graph too and is no site."""
-        if self._pick_anchors is None:
-            return tuple(self._site_at(args, index) for index in range(len(self._sites)))
-        if self._generation != self._finder.generation:
-            self._generation = self._finder.generation
-            self._known.clear()
-        anchors = self._pick_anchors(args)
-        key = tuple(map(id, anchors)) if isinstance(anchors, tuple) else id(anchors)
+        tokens = self._tokens(args)
+        key = tuple(map(id, tokens))
         sites = self._known.get(key)
         if sites is None:
-            sites = self._known[key] = tuple(self._site_at(args, index) for index in range(len(self._sites)))
+            sites = self._known[key] = tuple(map(self._finder.chosen, tokens))
         return sites
 
-    def _site_at(self, args: Sequence[Any], index: int) -> Site | None:
-        anchor = self._anchors[index]
-        if anchor is None:
-            return self._sites[index] if self._finder.is_chosen(self._sites[index]) else None
-        candidates = self._finder.by_parameter(args[anchor])
-        place = self._places[index]
-        site = candidates[place] if place < len(candidates) else None
-        return site if site is not None and self._finder.is_chosen(site) else None
+
+def _picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Picks arguments by position, at C speed."""
+    if len(indices) < 2:
+        return lambda args: tuple(args[index] for index in indices)
+    return operator.itemgetter(*indices)

@@ -1,14 +1,14 @@
 """The identity op that is planted while tracing, and the forward hook that plants it.
 
     traced with capture on        %mlp = linear(...)
-                                  %tap = tap(%mlp, %w)    # no user; impure, so that no pass removes it
+                                  %tap = tap(%mlp, %token)    # no user; impure, so that no pass removes it
     traced with capture off       %mlp = linear(...)
 
 The hook is Python that only Dynamo's tracing runs; the backend replaces each ``tap`` by plain capture nodes, so
 nothing of it is left in compiled code. One hook object serves all sites: a closure per layer would keep equal
-layers from sharing a graph. Which site a mark belongs to is told at run time by ``%w``, the module's first
-parameter: a graph that Dynamo compiled for one layer, or for the rest of a frame behind a graph break, runs for
-others too. Modules without parameters are told by the last entry of the node's ``nn_module_stack``.
+layers from sharing a graph. Which site a mark belongs to is told at run time by ``%token``, an empty tensor that is
+the module's own and that Dynamo makes an argument of the graph: a graph that was compiled for one layer, or for the
+rest of a frame behind a graph break, runs for others too. The pass takes tokens out of the graph again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 from torch._dynamo.eval_frame import skip_code
+from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.node import has_side_effect
 
@@ -57,14 +58,25 @@ class Sink(Protocol):
         """Take a copy of a value that was computed outside any graph."""
 
 
-def tap(value: torch.Tensor, anchor: torch.Tensor | None) -> torch.Tensor:
+def give_token(module: nn.Module) -> torch.Tensor:
+    """Give ``module`` a tensor of its own, which compiled graphs take as an argument; no parameter and no buffer."""
+    with torch.inference_mode(False):
+        token = torch.empty(0, device="cpu")
+    module._fx_instrument_token = token
+    return token
+
+
+def take_token(module: nn.Module) -> None:
+    module.__dict__.pop("_fx_instrument_token", None)
+
+
+def tap(value: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
     """Mark ``value`` in a traced graph as a site's; the framework's backend replaces the mark.
 
     The body runs on fake tensors while Dynamo traces. Anywhere else the graph went to a backend that does not
     know the mark, and the values would be lost in silence.
     """
-    fake = isinstance(value, torch._subclasses.FakeTensor)
-    if not fake or get_proxy_mode() is not None:
+    if not is_fake(value) or get_proxy_mode() is not None:
         raise RewriteError(
             "the model was traced for a backend other than the framework's, so its captures would be lost: "
             "let instrument_model compile the model, or pass backend=framework.backend(...) to torch.compile"
@@ -108,19 +120,6 @@ def first_tensor(output: object) -> torch.Tensor | None:
     return None
 
 
-def first_parameter(module: nn.Module) -> nn.Parameter | None:
-    """The parameter that stands for ``module``; plain loops, which Dynamo traces at little cost."""
-    for parameter in module._parameters.values():
-        if parameter is not None:
-            return parameter
-    for child in module._modules.values():
-        if child is not None:
-            found = first_parameter(child)
-            if found is not None:
-                return found
-    return None
-
-
 def hook(function: Hook) -> Hook:
     """Keep Dynamo from compiling a hook that it meets as a frame of its own: there it runs as Python.
 
@@ -149,7 +148,7 @@ class Marker:
         if torch.compiler.is_dynamo_compiling():
             value = first_tensor(output)
             if value is not None:
-                tap(value, first_parameter(module))
+                tap(value, module._fx_instrument_token)  # type: ignore[arg-type]
         else:
             self._record(module, output)
 

@@ -1,13 +1,13 @@
 """Marks inside nested graphs (activation checkpointing, nested compile regions), lifted to the graph around them.
 
     body     %mlp = linear(...)                      body     %mlp   = linear(...)
-             %tap = tap(%mlp, %w)                             %clone = clone(detach(%mlp))
+             %tap = tap(%mlp, %token)                         %clone = clone(detach(%mlp))
              return (%out,)                                   return (%out, %clone)
 
-    before   %call = checkpoint(body, %x, %p)        after    %call  = checkpoint(body, %x, %p)
+    before   %call = checkpoint(body, %x, %t)        after    %call  = checkpoint(body, %x)
              %out  = getitem(%call, 0)                        %out   = getitem(%call, 0)
                                                               %value = getitem(%call, 1)
-                                                              %tap   = tap(%value, %p)
+                                                              %tap   = tap(%value, %t)
 
 A region that is called once a layer has one body for all; each call gets marks of its own.
 """
@@ -39,10 +39,10 @@ _LIFTABLE = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class _Lifted:
-    """A mark that left its body: which output has its value, and which operand was its anchor."""
+    """A mark that left its body: which output has its value, and which operand was its token."""
 
     output: int
-    anchor: int | None
+    token: int
     meta: dict[str, Any]
 
 
@@ -102,7 +102,7 @@ def _lift_body(body: fx.GraphModule, call: fx.Node, name: str) -> tuple[fx.Graph
     extra: list[fx.Node] = []
     for mark in marks:
         source: Any = mark.args[0]
-        anchor: Any = mark.args[1]
+        token: Any = mark.args[1]
         fake = source.meta["example_value"]
         with fake.fake_mode, torch.no_grad():
             fake = fake.detach().clone()
@@ -111,12 +111,14 @@ def _lift_body(body: fx.GraphModule, call: fx.Node, name: str) -> tuple[fx.Graph
             detached = graph.call_function(torch.detach, (source,))
             kept = graph.call_function(torch.clone, (detached,))
         detached.meta, kept.meta = dict(meta), dict(meta)
-        where = placeholders.index(anchor) if anchor in placeholders else None
+        where = placeholders.index(token)
         lifted.append(_Lifted(len(values) + len(extra), where, {**mark.meta, "example_value": fake}))
         extra.append(kept)
         mark.replace_all_uses_with(source)
         graph.erase_node(mark)
     output.args = ((*values, *extra),)
+    for where in {mark.token for mark in lifted}:
+        graph.erase_node(placeholders[where])
     graph.lint()
     copied.recompile()
     return copied, lifted
@@ -127,18 +129,20 @@ def _mark_call(graph: fx.Graph, call: fx.Node, position: int, lifted: list[_Lift
     if not lifted:
         return
     # Behind the body stand its operands; invoke_subgraph has the region's name between.
-    operands = [argument for argument in call.args[position + 1 :] if not isinstance(argument, str)]
+    places = [index for index in range(position + 1, len(call.args)) if not isinstance(call.args[index], str)]
+    operands = [call.args[index] for index in places]
+    tokens = {places[mark.token] for mark in lifted}
+    call.args = tuple(argument for index, argument in enumerate(call.args) if index not in tokens)
     call.meta["example_value"] = (
         *call.meta["example_value"],
         *(mark.meta["example_value"] for mark in lifted),
     )
     after = call.next
     for mark in lifted:
-        anchor = operands[mark.anchor] if mark.anchor is not None else None
         with graph.inserting_before(after):
             value = graph.call_function(operator.getitem, (call, mark.output))
             value.meta = dict(mark.meta)
-            new = graph.call_function(tap, (value, anchor))
+            new = graph.call_function(tap, (value, operands[mark.token]))
             new.meta = dict(mark.meta)
 
 

@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 
 from ..errors import RewriteError
 from ..sampling import fold_seed, num_samples, place
 from .marker import MARKS, step_begin, tap
 from .nested import copy_graph, has_marks, lift_marks
-from .sites import Site
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +41,10 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """One captured value of a graph: of which site, and its (symbolic) shape as the fake tensor knows it."""
+    """One captured value of a graph: whose, and its (symbolic) shape as the fake tensor knows it."""
 
-    site: Site
-    anchor: int | None
-    """Which graph argument is the module's first parameter; None if it has none."""
+    token: int
+    """Which argument of the traced graph is the token of the module."""
     value: torch.Tensor
     """The site's whole value, fake."""
     kept: torch.Tensor
@@ -59,6 +58,8 @@ class Rewritten:
     gm: fx.GraphModule
     num_outputs: int
     """Outputs of the original graph; the planned values follow."""
+    arguments: tuple[int, ...]
+    """Which arguments of the traced graph it still takes: all but the tokens."""
     planned: tuple[Planned, ...]
     sampled: bool
     begins_step: bool
@@ -66,18 +67,19 @@ class Rewritten:
     input_names: tuple[str, ...]
     """Names of the integer inputs of the step that this graph begins."""
     inputs: tuple[int, ...]
-    """Where they stand among the graph's arguments."""
+    """Where they stand among the traced graph's arguments."""
 
 
 def insert_captures(
-    gm: fx.GraphModule, site_of: Callable[[fx.Node, int | None], Site | None], sampling: Sampling | None
+    gm: fx.GraphModule, is_wanted: Callable[[fx.Node, int], bool], sampling: Sampling | None
 ) -> Rewritten | None:
     """Replace every mark in a copy of ``gm`` by capture ops; None if ``gm`` has no mark.
 
-    ``site_of(mark, argument index of its anchor)`` names the site; where it says None the mark is only removed.
+    Where ``is_wanted(mark, argument index of its token)`` says no, the mark is only removed.
 
     Raises:
-        RewriteError: a mark is of no known site, or stands in a nested graph that it can't be lifted from.
+        RewriteError: a value is no plain tensor, a graph holds two forward calls of the model, or a mark stands in a
+            nested graph that it can't be lifted from.
     """
     if not any(has_marks(child) for child in gm.modules() if isinstance(child, fx.GraphModule)):
         return None
@@ -86,6 +88,7 @@ def insert_captures(
     graph = copy.graph
     planned: list[Planned] = []
     extra: list[fx.Node] = []
+    tokens: set[int] = set()
     begins = ends = False
     input_names: tuple[str, ...] = ()
     inputs: tuple[int, ...] = ()
@@ -94,19 +97,25 @@ def insert_captures(
         if node.op != "call_function" or node.target not in MARKS:
             continue
         if node.target is tap:
-            source, anchor = node.args
-            index = placeholders.index(anchor) if anchor in placeholders else None
-            site = site_of(node, index)
+            source, token = node.args
+            index = placeholders.index(token)
+            tokens.add(index)
             node.replace_all_uses_with(source)
-            if site is None:
+            if not is_wanted(node, index):
                 graph.erase_node(node)
                 continue
+            _check_plain(source)
             with graph.inserting_before(node):
                 kept = _sample(graph, source, sampling) if sampling else _clone(graph, source)
             fakes = source.meta["example_value"], kept.meta["example_value"]
-            planned.append(Planned(site, index, *fakes))
+            planned.append(Planned(index, *fakes))
             extra.append(kept)
         elif node.target is step_begin:
+            if begins:
+                raise RewriteError(
+                    "one compiled function calls the instrumented model twice, so steps can't be told apart: compile "
+                    "the model itself, or call it once in the function"
+                )
             begins = True
             names, *tensors = node.args
             known = [
@@ -122,11 +131,26 @@ def insert_captures(
     if not isinstance(values, (tuple, list)):
         raise RewriteError(f"the traced graph returns {values!r}, a tuple was expected")
     output.args = ((*values, *extra),)
+    # Tokens tell at run time whose values left; to the compiler they would be arguments on another device.
+    arguments = []
+    for index, placeholder in enumerate(placeholders):
+        if index in tokens and not placeholder.users:
+            graph.erase_node(placeholder)
+        else:
+            arguments.append(index)
     graph.lint()
     copy.recompile()
     log.debug("inserted %d captures into a graph of %d nodes", len(planned), len(graph.nodes))
     return Rewritten(
-        copy, len(values), tuple(planned), sampling is not None, begins, ends, input_names, inputs
+        copy,
+        len(values),
+        tuple(arguments),
+        tuple(planned),
+        sampling is not None,
+        begins,
+        ends,
+        input_names,
+        inputs,
     )
 
 
@@ -143,6 +167,15 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
         if hasattr(gm, name):
             setattr(copy, name, getattr(gm, name))
     return copy
+
+
+def _check_plain(source: fx.Node) -> None:
+    value = source.meta["example_value"]
+    if type(value) is not FakeTensor or value.layout is not torch.strided:
+        raise RewriteError(
+            f"a site's value is a {type(value).__name__} of layout {value.layout}; only plain dense tensors can be "
+            f"captured: choose other sites"
+        )
 
 
 class _Inserter(fx.proxy.GraphAppendingTracer):
