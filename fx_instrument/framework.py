@@ -174,7 +174,7 @@ class InstrumentationFramework:
             BufferTooSmallError: ``max_memory_gb`` is less than the writer needs, or (in a forward call) less than
                 the values of one graph run.
             OSError: the file can't be created; raised when the block is entered.
-            ValueError: mode "a" and a file of another codec or sampling; raised when the block is entered.
+            ValueError: mode "a" and a file of another codec, model or sampling; raised when the block is entered.
             CaptureFailedError: a capture thread failed; raised when the block is left.
         """
         self._attached("capture_activations")
@@ -279,11 +279,12 @@ class Capture:
                 f"needs: the writer alone takes {MIN_MEMORY_BYTES} bytes, so give it {2 * MIN_MEMORY_BYTES} or more"
             )
         hook_config = config.hook_config
+        metadata = framework._metadata(attachment)
         if self._mode == "a" and self.path is not None:
-            _check_resumable(self.path, config)
+            _check_resumable(self.path, metadata)
         writer = StreamWriter(
             self.path,
-            metadata=framework._metadata(attachment),
+            metadata=metadata,
             codec=config.compression_algorithm,
             mode=self._mode,
             memory_bytes=max(MIN_MEMORY_BYTES, config.max_memory_bytes // _WRITER_SHARE),
@@ -332,26 +333,30 @@ class Capture:
                 error.add_note(f"fx_instrument: {failure}")
 
 
-def _check_resumable(path: Path, config: InstrumentationConfig) -> None:
-    """Raise if the file at ``path`` was captured with other sampling: its one configuration tells the positions."""
+def _check_resumable(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Raise if the file at ``path`` has values of another model or sampling: its one description is for all steps."""
     try:
         with open_stream(path, recover=True) as stream:
-            before = stream.metadata.get("config", {})
+            before = stream.metadata
     except (FileNotFoundError, TruncatedStreamError):
         # None there, or cut before anything was captured: the writer begins it anew.
         return
 
-    def sampling(values: Mapping[str, Any]) -> tuple[Any, ...]:
-        hooks = values.get("hook_config", {})
-        sampled = values.get("granularity") == HookGranularity.SAMPLED_SLICES.value
-        return (hooks.get("sampling_rate"), hooks.get("seed")) if sampled else ()
+    def described(values: Mapping[str, Any]) -> dict[str, Any]:
+        config, model = values.get("config", {}), values.get("model", {})
+        hooks = config.get("hook_config", {})
+        sampled = config.get("granularity") == HookGranularity.SAMPLED_SLICES.value
+        return {
+            "sampling (rate, seed)": (hooks.get("sampling_rate"), hooks.get("seed")) if sampled else None,
+            "model (class, parameters)": (model.get("class"), model.get("num_parameters")),
+        }
 
-    here = sampling(config.to_dict())
-    if sampling(before) != here:
-        raise ValueError(
-            f"mode 'a': {os.fspath(path)} was captured with the sampling (rate, seed) {sampling(before) or 'none'}, "
-            f"this framework has {here or 'none'}; one file has one"
-        )
+    there, here = described(before), described(metadata)
+    for what, value in here.items():
+        if there[what] != value:
+            raise ValueError(
+                f"mode 'a': {os.fspath(path)} has the {what} {there[what]}, this capture has {value}"
+            )
 
 
 def _check_compiler(model: nn.Module) -> None:

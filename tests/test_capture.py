@@ -171,6 +171,20 @@ def test_a_full_buffer_drops_and_counts() -> None:
     assert writer.summary["dropped_records"] == {"a": 2, "b": 2}
 
 
+def test_inputs_that_find_no_room_are_counted() -> None:
+    """Under "drop" steps without their inputs are counted; under "stall" inputs larger than the bound are refused."""
+    inputs = {"input_ids": torch.zeros(1, 1000, dtype=torch.int64)}
+    opened = session(HeldWriter(), limit=5000, drop=True)
+    opened.begin_step(inputs)
+    opened.end_step()
+    opened.close()
+    assert opened.report.dropped_inputs == 1 and opened.report.dropped_records == 0
+    opened = session(HeldWriter(), limit=5000)
+    with pytest.raises(BufferTooSmallError, match="integer inputs"):
+        opened.begin_step(inputs)
+    opened.close()
+
+
 def test_a_full_buffer_stalls_and_loses_nothing() -> None:
     """on_full="stall": the forward call waits until the writer has let go."""
     writer = HeldWriter(hold=True)

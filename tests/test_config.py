@@ -21,6 +21,7 @@ from fx_instrument import HookConfig, HookGranularity, InstrumentationConfig
         ({"target_throughput_gbps": "fast"}, TypeError, "must be a number"),
         ({"max_memory_gb": -1.0}, ValueError, "greater than 0"),
         ({"max_memory_gb": float("nan")}, ValueError, "finite"),
+        ({"max_memory_gb": 10**400}, ValueError, "finite"),
         ({"max_memory_gb": True}, TypeError, "must be a number"),
         ({"max_relative_error": 0.0}, ValueError, "greater than 0"),
         ({"max_relative_error": 1.0}, ValueError, "below 1"),

@@ -41,6 +41,7 @@ ARCHITECTURES = {
     "xlm": ("attentions.{}", "ffns.{}"),
     "ctrl": ("h.{}.multi_head_attention", "h.{}.ffn"),
     "rwkv": ("blocks.{}.attention", "blocks.{}.feed_forward"),
+    "mamba": ("layers.{}.mixer",),
     "recurrent_gemma": ("layers.{}.temporal_block", "layers.{}.mlp_block"),
 }
 
@@ -57,6 +58,28 @@ def test_architectures(architecture: str) -> None:
         model = transformers.AutoModel.from_config(config)
     expected = {pattern.format(layer) for pattern in ARCHITECTURES[architecture] for layer in range(2)}
     assert set(find_roles(model)) == expected
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "mamba2", "rwkv", "llama", "deepseek_v3", "jamba"])
+def test_the_whole_model_is_no_site(architecture: str) -> None:
+    """A model whose own name or class says "mamba" or "moe" is not taken for one: sites lie in its layers."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(architecture)
+    for name in ("num_hidden_layers", "n_layer", "n_layers"):
+        if hasattr(config, name):
+            setattr(config, name, 2)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    roles = find_roles(model)
+    assert len(roles) == (2 if architecture.startswith("mamba") else 4)
+    assert all(".0." in name or ".1." in name for name in roles)
+
+
+def test_malformed_globs() -> None:
+    with pytest.raises(ValueError, match=r"\[z-a\]"):
+        names(make(PLAIN), "layers.[z-a].mlp")
+    with pytest.raises(ValueError, match="lazy"):
+        names(nn.Sequential(nn.LazyLinear(3)))
 
 
 def test_encoder_decoder() -> None:

@@ -59,6 +59,8 @@ class CaptureReport:
     stored_bytes: int
     """Size of the file so far."""
     dropped_records: int
+    dropped_inputs: int
+    """Steps whose integer inputs found no room, so that their rows can't be matched with tokens."""
     stalled_seconds: float
     """How long forward calls waited for the buffer, over all threads."""
     eager_records: int
@@ -146,6 +148,7 @@ class Session:
         self._end_step_number = writer.first_step
         self._steps = self._records = self._raw_bytes = self._eager_records = 0
         self._dropped: dict[str, int] = {}
+        self._dropped_inputs = 0
         self._failure: BaseException | None = None
         self._closed = False
         self._started = time.perf_counter()
@@ -247,7 +250,14 @@ class Session:
         number = self._step.number
         assert number is not None
         total = sum(value.nbytes + RECORD_OVERHEAD_BYTES for value in inputs.values())
+        if total > self._budget.limit_bytes and not self._drop:
+            raise BufferTooSmallError(
+                f"the integer inputs of a step take {total} bytes with their bookkeeping, but "
+                f"max_memory_gb={self._max_memory_bytes / 1e9:g} leaves the buffer {self._budget.limit_bytes} bytes"
+            )
         if not self._acquire(total):
+            with self._lock:
+                self._dropped_inputs += 1
             return
         # The caller may change its inputs while the copies are on their way.
         values = [value.detach().clone(memory_format=torch.contiguous_format) for value in inputs.values()]
@@ -336,6 +346,7 @@ class Session:
             raw_bytes=self._raw_bytes,
             stored_bytes=self._writer.stored_bytes,
             dropped_records=sum(dropped.values()),
+            dropped_inputs=self._dropped_inputs,
             stalled_seconds=self._budget.stalled_ns / 1e9,
             eager_records=self._eager_records,
             achieved_gbps=self._raw_bytes / duration / 1e9 if duration > 0 else 0.0,
@@ -363,6 +374,7 @@ class Session:
             "records": report.records,
             "raw_bytes": report.raw_bytes,
             "dropped_records": dict(report.dropped_by_site),
+            "dropped_inputs": report.dropped_inputs,
             "stalled_seconds": report.stalled_seconds,
             "eager_records": report.eager_records,
             "peak_buffer_bytes": report.peak_buffer_bytes,

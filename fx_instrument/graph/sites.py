@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..config import HookGranularity, InstrumentationConfig
 from ..errors import NoSitesError
@@ -53,6 +54,10 @@ def choose_sites(model: nn.Module, config: InstrumentationConfig) -> tuple[Site,
     Raises:
         NoSitesError: nothing matches; the message shows what was looked for and near misses.
     """
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} has uninitialised lazy parameters: call it once before instrumenting"
+        )
     roles = find_roles(model)
     globs = config.hook_config.target_layers
     if globs is not None:
@@ -110,7 +115,7 @@ def _walk(module: nn.Module, name: str, inherited: str, found: dict[str, Role]) 
             _walk(child, full, key, found)
             continue
         role = _role_of(child, label)
-        if role is None or _is_block(child):
+        if role is None or _is_block(child) or _is_stack(child, label):
             _walk(child, full, "", found)
             continue
         found[_without_wrapper(child, full)] = role
@@ -123,12 +128,7 @@ def _role_of(module: nn.Module, label: str) -> Role | None:
     if not _has_matrix(module):
         return None
     # The attribute says more than the class: a `mlp` may be of any class, a class is often generic.
-    for words in (name_words, class_words):
-        if words & _MLP_WORDS:
-            return "mlp"
-        if words & _ATTENTION_WORDS:
-            return "attention"
-    return None
+    return _role_by_words(name_words) or _role_by_words(class_words)
 
 
 def _words(text: str) -> frozenset[str]:
@@ -159,6 +159,38 @@ def _is_block(module: nn.Module) -> bool:
             if role is not None and _is_compound(child):
                 roles.add(role)
     return len(roles) == 2
+
+
+def _is_stack(module: nn.Module, label: str) -> bool:
+    """Matches as a whole what only modules inside it are: ``MambaModel`` with a mixer in each layer.
+
+    A class name alone says little ("Moe" is a model family too), so names inside it overrule it; an own name is
+    overruled only by a list of layers with such a module in each.
+    """
+    by_class = _role_by_words(_words(label)) is None
+    for name, child in module.named_modules():
+        parent, _, key = name.rpartition(".")
+        if not name or isinstance(child, _CONTAINERS) or not _is_compound(child):
+            continue
+        role = _role_by_words(_words(key)) if not _words(key) & _SUPPORT_WORDS else None
+        if role is None:
+            continue
+        in_layer = any(isinstance(module.get_submodule(p), nn.ModuleList) for p in _ancestors(parent)[:-1])
+        if by_class or (role == "attention" and in_layer):
+            return True
+    return False
+
+
+def _ancestors(name: str) -> list[str]:
+    """``a.b.c`` -> ``["a", "a.b", "a.b.c"]``."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[: end + 1]) for end in range(len(parts))]
+
+
+def _role_by_words(words: frozenset[str]) -> Role | None:
+    if words & _MLP_WORDS:
+        return "mlp"
+    return "attention" if words & _ATTENTION_WORDS else None
 
 
 def _without_wrapper(module: nn.Module, name: str) -> str:
@@ -216,7 +248,10 @@ def _sites_by_glob(model: nn.Module, globs: Sequence[str], roles: dict[str, Role
     names = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     chosen: set[str] = set()
     for glob in globs:
-        pattern = re.compile(_translate(glob))
+        try:
+            pattern = re.compile(_translate(glob))
+        except re.error as error:
+            raise ValueError(f"target_layers glob {glob!r} is malformed: {error}") from None
         matches = [name for name in names if pattern.fullmatch(name)]
         callable_matches = [name for name in matches if not isinstance(names[name], _CONTAINERS)]
         if not callable_matches:
@@ -247,7 +282,7 @@ def _translate(glob: str) -> str:
         elif char == "?":
             out, position = out + r"[^.]", position + 1
         elif char == "[" and (end := glob.find("]", position + 2)) != -1:
-            body = glob[position + 1 : end].replace("\\", r"\\")
+            body = re.sub(r"([\\\[&~|])", r"\\\1", glob[position + 1 : end])
             out += "[" + ("^" + body[1:] if body[0] == "!" else body) + "]"
             position = end + 1
         else:
