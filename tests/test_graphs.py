@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from fx_instrument import (
     HookConfig,
     HookGranularity,
     InstrumentationConfig,
+    InstrumentationError,
     InstrumentationFramework,
     RewriteError,
 )
@@ -419,3 +421,118 @@ def test_a_module_called_twice_is_told_apart(tmp_path: Any) -> None:
         assert [(record.step, record.call) for record in stream[mlp]] == [
             (s, c) for s in range(2) for c in range(3)
         ]
+
+
+def break_layers(model: nn.Module) -> None:
+    """A graph break in each layer: Dynamo then compiles layers by themselves, and equal ones share a graph."""
+    for layer in model.layers:  # type: ignore[union-attr]
+        layer.norm1 = Breaking()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_modules_without_parameters_in_shared_graphs(backend: str, tmp_path: Any) -> None:
+    """Activations without weights are told apart too, where layers share a graph."""
+    from fx_instrument import open_stream
+
+    model = make(Shape(depth=3))
+    for layer in model.layers:
+        layer.norm2 = nn.ReLU()
+    break_layers(model)
+    reference, ids = copy.deepcopy(model), tokens(2, 5)
+    config = InstrumentationConfig(hook_config=HookConfig(target_layers=["layers.*.norm2"]))
+    framework = instrumented(model, config, backend=backend)
+    with torch.no_grad():
+        with framework.capture_activations(tmp_path / "o.stream"):
+            model(ids)
+        expected = eager_values(reference, [f"layers.{i}.norm2" for i in range(3)], lambda m: m(ids))
+    with open_stream(tmp_path / "o.stream") as stream:
+        assert len(stream) == len(expected) == 3
+        assert all(torch.equal(stream.read(*key), value) for key, value in expected.items())
+
+
+def test_tied_weights_in_shared_graphs(tmp_path: Any) -> None:
+    """Layers that share a graph and their first weight keep their own names."""
+    from fx_instrument import open_stream
+
+    model = make(Shape(depth=4))
+    break_layers(model)
+    for layer in model.layers[1:]:
+        layer.mlp.up.weight = model.layers[0].mlp.up.weight
+    framework = instrumented(model, InstrumentationConfig(HookGranularity.MLP_ONLY), backend="aot_eager")
+    with torch.no_grad(), framework.capture_activations(tmp_path / "o.stream"):
+        model(tokens(2, 5))
+    with open_stream(tmp_path / "o.stream") as stream:
+        assert [(record.site, record.call) for record in stream] == [(f"layers.{i}.mlp", 0) for i in range(4)]
+
+
+def test_parameters_replaced_inside_the_block() -> None:
+    """functional_call and new parameters are no change of the modules: every record is there."""
+    model, ids = make(PLAIN), tokens(2, 5)
+    framework = instrumented(model, backend="aot_eager")
+    with torch.no_grad(), framework.capture_activations(None) as capture:
+        other = {name: nn.Parameter(value * 2) for name, value in model.named_parameters()}
+        torch.func.functional_call(model, other, (ids,))
+        model(ids)
+        model.layers[0].mlp.up.weight = nn.Parameter(model.layers[0].mlp.up.weight * 2)
+        model(ids)
+    assert capture.report.records == 12 and capture.report.dropped_records == 0
+
+
+def test_a_module_replaced_inside_the_block_is_an_error() -> None:
+    model, ids = make(PLAIN), tokens(2, 5)
+    framework = instrumented(model, backend="aot_eager")
+    refused = pytest.raises(InstrumentationError, match=r"layers\.0\.mlp \(replaced\)")
+    with refused, torch.no_grad(), framework.capture_activations(None):
+        model.layers[0].mlp = make(PLAIN).layers[0].mlp
+        model(ids)
+
+
+def test_two_calls_in_one_function_are_refused() -> None:
+    """Steps could not be told apart, so it is an error and not a wrong number."""
+    model = make(PLAIN)
+    framework = instrumented(model, backend=None)
+    both = torch.compile(lambda a, b: model(a) - model(b), backend=framework.backend("aot_eager"))
+    refused = pytest.raises(Exception, match="calls the instrumented model twice")
+    with torch.no_grad(), framework.capture_activations(None), refused:
+        both(tokens(1, 3), tokens(1, 3))
+
+
+def test_values_that_are_no_plain_tensors_are_refused() -> None:
+    """A nested tensor is refused with the reason."""
+    model = make(PLAIN).layers[0].mlp
+    framework = InstrumentationFramework(InstrumentationConfig(hook_config=HookConfig(target_layers=["up"])))
+    framework.instrument_model(model, backend="aot_eager")
+    nested = torch.nested.nested_tensor([torch.randn(2, 16), torch.randn(3, 16)], layout=torch.jagged)
+    with (
+        torch.no_grad(),
+        framework.capture_activations(None),
+        pytest.raises(RewriteError, match="NestedTensor"),
+    ):
+        model(nested)
+
+
+def test_switching_while_other_threads_run_the_model() -> None:
+    """Blocks that open and close while other threads call the model: no call fails, none is half in a block."""
+    model, ids = make(Shape(depth=1)), tokens(1, 4)
+    framework = instrumented(model, backend="aot_eager")
+    stop, failures = threading.Event(), []
+
+    def forward() -> None:
+        try:
+            with torch.no_grad():
+                while not stop.is_set():
+                    model(ids)
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=forward) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(20):
+        with torch.no_grad(), framework.capture_activations(None) as capture:
+            model(ids)
+        assert capture.report.records == 2 * capture.report.steps
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert failures == []
