@@ -303,7 +303,13 @@ class Capture:
             progress=self._progress,
         )
         framework._capture = self
-        attachment.open(self._session)
+        try:
+            attachment.open(self._session)
+        except BaseException:
+            # Ctrl-C while calls of other threads finish: the block is not entered, so it won't be left either.
+            framework._capture = None
+            self._session.close()
+            raise
         return self
 
     def __exit__(
