@@ -2,7 +2,7 @@
 
 from .activations import ActivationStream, open_stream
 from .analysis import analyze_activations
-from .capture.session import CaptureReport
+from .capture.report import CaptureReport
 from .config import HookConfig, HookGranularity, InstrumentationConfig
 from .errors import (
     AlreadyInstrumentedError,

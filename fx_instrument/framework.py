@@ -18,7 +18,8 @@ from torch import nn
 
 from .activations import open_stream
 from .analysis import analyze_activations
-from .capture.session import CaptureReport, Session
+from .capture.report import CaptureReport
+from .capture.session import Session
 from .config import HookGranularity, InstrumentationConfig
 from .errors import (
     AlreadyInstrumentedError,

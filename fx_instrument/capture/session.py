@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from ..errors import BufferTooSmallError, CaptureFailedError
 from ..sampling import num_samples, positions
 from .budget import HostBudget
+from .report import CaptureReport
 from .transfer import Landing, Transfer, host_bytes
 
 # What a queued record holds beside its bytes: a tensor, its storage, a numpy view and the row (measured: ~1 KiB).
@@ -44,37 +45,6 @@ class Writer(Protocol):
     def put(self, meta: Any, data: npt.NDArray[np.uint8], done: Callable[[], None] | None = None) -> None: ...
     def seal(self, *, older_than_s: float = 0.0) -> None: ...
     def close(self, summary: Mapping[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True)
-class CaptureReport:
-    """What a capture has done so far; final once its block is left."""
-
-    steps: int
-    """Forward calls of the model."""
-    records: int
-    """Values handed to the writer."""
-    raw_bytes: int
-    """Their size uncompressed."""
-    stored_bytes: int
-    """Size of the file so far."""
-    dropped_records: int
-    dropped_inputs: int
-    """Steps whose integer inputs found no room, so that their rows can't be matched with tokens."""
-    stalled_seconds: float
-    """How long forward calls waited for the buffer, over all threads."""
-    eager_records: int
-    """Records of modules that ran outside any compiled graph."""
-    achieved_gbps: float
-    """Raw GB/s (1e9) from the block's beginning until the last value was stored."""
-    peak_buffer_bytes: int
-    """The most that the buffer held at once, the writer's own memory included."""
-    target_gbps: float
-    duration_s: float
-    dropped_by_site: Mapping[str, int] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "dropped_by_site": dict(self.dropped_by_site)}
 
 
 class _Step(threading.local):
