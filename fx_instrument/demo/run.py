@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..activations import ActivationStream, open_stream
-from ..capture.session import CaptureReport
+from ..capture.report import CaptureReport
 from ..config import HookGranularity, InstrumentationConfig
 from ..errors import InstrumentationError, MissingCompilerError
 from ..framework import InstrumentationFramework
