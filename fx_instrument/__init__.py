@@ -3,6 +3,7 @@
 from .activations import ActivationStream, open_stream
 from .analysis import analyze_activations
 from .capture.report import CaptureReport
+from .capture_block import Capture
 from .config import HookConfig, HookGranularity, InstrumentationConfig
 from .errors import (
     AlreadyInstrumentedError,
@@ -23,7 +24,7 @@ from .errors import (
     UnsupportedStreamError,
 )
 from .export import export_stream
-from .framework import Capture, InstrumentationFramework
+from .framework import InstrumentationFramework
 from .graph.sites import Site
 from .repair import recover_stream
 from .version import __version__

@@ -1,0 +1,166 @@
+"""An open capture: what the ``with`` block of ``capture_activations`` yields, and how it opens and closes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Protocol
+
+from .activations import open_stream
+from .capture.report import CaptureReport
+from .capture.session import Session
+from .config import HookGranularity, InstrumentationConfig
+from .errors import BufferTooSmallError, CaptureActiveError, CaptureFailedError, TruncatedStreamError
+from .graph.attach import Attachment
+from .stream.records import RecordMeta
+from .stream.writer import MIN_MEMORY_BYTES, StreamWriter
+
+log = logging.getLogger(__name__)
+
+Path = str | os.PathLike[str]
+
+# The writer's own memory (compressor scratch, staging) is a quarter of the bound at most; values get the rest.
+_WRITER_SHARE = 4
+
+
+class Instrumenter(Protocol):
+    """What a capture needs of its framework."""
+
+    config: InstrumentationConfig
+    _capture: Capture | None
+
+    def _attached(self, caller: str) -> Attachment: ...
+    def _metadata(self, attachment: Attachment) -> dict[str, Any]: ...
+
+
+class Capture:
+    """An open capture; made by ``InstrumentationFramework.capture_activations``."""
+
+    def __init__(
+        self,
+        framework: Instrumenter,
+        path: Path | None,
+        *,
+        mode: str,
+        on_full: str,
+        progress: bool,
+    ) -> None:
+        self.path = path
+        self._framework = framework
+        self._mode = mode
+        self._on_full = on_full
+        self._progress = progress
+        self._session: Session | None = None
+
+    @property
+    def report(self) -> CaptureReport:
+        """What the capture has done so far; final once the block is left."""
+        if self._session is None:
+            raise CaptureActiveError(
+                "the capture has not begun: its report is there inside the with block and after"
+            )
+        return self._session.report
+
+    def __enter__(self) -> Capture:
+        framework = self._framework
+        attachment = framework._attached("capture_activations")
+        if framework._capture is not None or self._session is not None:
+            raise CaptureActiveError(
+                "a capture of this framework is open already"
+                if framework._capture is not None
+                else "a capture can be entered once; call capture_activations again"
+            )
+        attachment.check_unchanged()
+        config = framework.config
+        if config.max_memory_bytes < 2 * MIN_MEMORY_BYTES:
+            raise BufferTooSmallError(
+                f"max_memory_gb={config.max_memory_gb:g} ({config.max_memory_bytes} bytes) is less than capturing "
+                f"needs: the writer alone takes {MIN_MEMORY_BYTES} bytes, so give it {2 * MIN_MEMORY_BYTES} or more"
+            )
+        hook_config = config.hook_config
+        metadata = framework._metadata(attachment)
+        if self._mode == "a" and self.path is not None:
+            _check_resumable(self.path, metadata)
+        writer = StreamWriter(
+            self.path,
+            metadata=metadata,
+            codec=config.compression_algorithm,
+            mode=self._mode,
+            memory_bytes=max(MIN_MEMORY_BYTES, config.max_memory_bytes // _WRITER_SHARE),
+            target_bytes_per_s=config.target_throughput_gbps * 1e9,
+            max_relative_error=config.max_relative_error,
+        )
+        sampled = config.granularity is HookGranularity.SAMPLED_SLICES
+        self._session = Session(
+            writer,
+            RecordMeta,
+            attachment.sites,
+            max_memory_bytes=config.max_memory_bytes,
+            drop=self._on_full == "drop",
+            sampling=(hook_config.sampling_rate, hook_config.seed) if sampled else None,
+            target_gbps=config.target_throughput_gbps,
+            progress=self._progress,
+        )
+        framework._capture = self
+        try:
+            attachment.open(self._session)
+        except BaseException:
+            # Ctrl-C while calls of other threads finish: the block is not entered, so it won't be left either.
+            framework._capture = None
+            self._session.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        framework, session = self._framework, self._session
+        assert session is not None, "a context manager is left after it was entered"
+        attachment = framework._attached("capture_activations")
+        try:
+            attachment.close()
+        finally:
+            framework._capture = None
+            self._finish(session, error)
+        if error is None:
+            # What was replaced inside the block was not captured from then on.
+            attachment.check_unchanged()
+
+    def _finish(self, session: Session, error: BaseException | None) -> None:
+        try:
+            session.close()
+        except CaptureFailedError as failure:
+            if error is None:
+                raise
+            # The user's exception stays the user's; it carries the capture's failure along.
+            log.error("the capture failed too: %s", failure)
+            if hasattr(error, "add_note"):
+                error.add_note(f"fx_instrument: {failure}")
+
+
+def _check_resumable(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Raise if the file at ``path`` has values of another model or sampling: its one description is for all steps."""
+    try:
+        with open_stream(path, recover=True) as stream:
+            before = stream.metadata
+    except (FileNotFoundError, TruncatedStreamError):
+        # None there, or cut before anything was captured: the writer begins it anew.
+        return
+
+    def described(values: Mapping[str, Any]) -> dict[str, Any]:
+        config, model = values.get("config", {}), values.get("model", {})
+        hooks = config.get("hook_config", {})
+        sampled = config.get("granularity") == HookGranularity.SAMPLED_SLICES.value
+        return {
+            "sampling (rate, seed)": (hooks.get("sampling_rate"), hooks.get("seed")) if sampled else None,
+            "model (class, parameters)": (model.get("class"), model.get("num_parameters")),
+        }
+
+    there, here = described(before), described(metadata)
+    for what, value in here.items():
+        if there[what] != value:
+            raise ValueError(
+                f"mode 'a': {os.fspath(path)} has the {what} {there[what]}, this capture has {value}"
+            )
