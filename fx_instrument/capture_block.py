@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -29,7 +29,7 @@ class Instrumenter(Protocol):
     """What a capture needs of its framework."""
 
     config: InstrumentationConfig
-    _capture: Capture | None
+    _capture: object | None
 
     def _attached(self, caller: str) -> Attachment: ...
     def _metadata(self, attachment: Attachment) -> dict[str, Any]: ...
@@ -73,35 +73,8 @@ class Capture:
                 else "a capture can be entered once; call capture_activations again"
             )
         attachment.check_unchanged()
-        config = framework.config
-        if config.max_memory_bytes < 2 * MIN_MEMORY_BYTES:
-            raise BufferTooSmallError(
-                f"max_memory_gb={config.max_memory_gb:g} ({config.max_memory_bytes} bytes) is less than capturing "
-                f"needs: the writer alone takes {MIN_MEMORY_BYTES} bytes, so give it {2 * MIN_MEMORY_BYTES} or more"
-            )
-        hook_config = config.hook_config
-        metadata = framework._metadata(attachment)
-        if self._mode == "a" and self.path is not None:
-            _check_resumable(self.path, metadata)
-        writer = StreamWriter(
-            self.path,
-            metadata=metadata,
-            codec=config.compression_algorithm,
-            mode=self._mode,
-            memory_bytes=max(MIN_MEMORY_BYTES, config.max_memory_bytes // _WRITER_SHARE),
-            target_bytes_per_s=config.target_throughput_gbps * 1e9,
-            max_relative_error=config.max_relative_error,
-        )
-        sampled = config.granularity is HookGranularity.SAMPLED_SLICES
-        self._session = Session(
-            writer,
-            RecordMeta,
-            attachment.sites,
-            max_memory_bytes=config.max_memory_bytes,
-            drop=self._on_full == "drop",
-            sampling=(hook_config.sampling_rate, hook_config.seed) if sampled else None,
-            target_gbps=config.target_throughput_gbps,
-            progress=self._progress,
+        self._session = open_session(
+            framework, self.path, mode=self._mode, on_full=self._on_full, progress=self._progress
         )
         framework._capture = self
         try:
@@ -138,6 +111,63 @@ class Capture:
             log.error("the capture failed too: %s", failure)
             if hasattr(error, "add_note"):
                 error.add_note(f"fx_instrument: {failure}")
+
+
+def open_session(
+    framework: Instrumenter,
+    path: Path | None,
+    *,
+    mode: str,
+    on_full: str,
+    progress: bool = False,
+    max_memory_bytes: int | None = None,
+    patience: Callable[[], float] | None = None,
+    more_metadata: Mapping[str, Any] | None = None,
+) -> Session:
+    """A session of ``framework``'s model that writes to ``path``, as the configuration has it.
+
+    Args:
+        max_memory_bytes: a bound of its own; None takes the configuration's.
+        patience: see ``Session``.
+        more_metadata: entries for the file's metadata.
+
+    Raises:
+        BufferTooSmallError, OSError, ValueError: as ``capture_activations``.
+    """
+    attachment = framework._attached("capture_activations")
+    config = framework.config
+    limit = config.max_memory_bytes if max_memory_bytes is None else max_memory_bytes
+    if limit < 2 * MIN_MEMORY_BYTES:
+        least = 2 * MIN_MEMORY_BYTES * config.max_memory_bytes // max(1, limit)
+        raise BufferTooSmallError(
+            f"max_memory_gb={config.max_memory_gb:g} ({config.max_memory_bytes} bytes) is less than capturing "
+            f"needs: the writer alone takes {MIN_MEMORY_BYTES} bytes, so give it {least} or more"
+        )
+    hook_config = config.hook_config
+    metadata = {**framework._metadata(attachment), **(more_metadata or {})}
+    if mode == "a" and path is not None:
+        _check_resumable(path, metadata)
+    writer = StreamWriter(
+        path,
+        metadata=metadata,
+        codec=config.compression_algorithm,
+        mode=mode,
+        memory_bytes=max(MIN_MEMORY_BYTES, limit // _WRITER_SHARE),
+        target_bytes_per_s=config.target_throughput_gbps * 1e9,
+        max_relative_error=config.max_relative_error,
+    )
+    sampled = config.granularity is HookGranularity.SAMPLED_SLICES
+    return Session(
+        writer,
+        RecordMeta,
+        attachment.sites,
+        max_memory_bytes=limit,
+        drop=on_full == "drop",
+        sampling=(hook_config.sampling_rate, hook_config.seed) if sampled else None,
+        target_gbps=config.target_throughput_gbps,
+        progress=progress,
+        patience=patience,
+    )
 
 
 def _check_resumable(path: Path, metadata: Mapping[str, Any]) -> None:

@@ -49,7 +49,7 @@ class InstrumentationFramework:
         self.config = config if config is not None else InstrumentationConfig()
         self._attachment: Attachment | None = None
         self._backend_name = ""
-        self._capture: Capture | None = None
+        self._capture: object | None = None
 
     @property
     def sites(self) -> tuple[Site, ...]:

@@ -16,6 +16,7 @@ from fx_instrument import BufferTooSmallError, CaptureFailedError
 from fx_instrument.capture.budget import HostBudget
 from fx_instrument.capture.session import RECORD_OVERHEAD_BYTES, Session
 from fx_instrument.capture.transfer import host_bytes
+from fx_instrument.graph.gate import Gate
 from fx_instrument.graph.sites import Site
 from fx_instrument.stream.records import RecordMeta
 
@@ -282,3 +283,53 @@ def test_host_bytes_are_row_major(value: torch.Tensor) -> None:
     assert data.dtype == np.uint8 and data.ndim == 1 and len(data) == value.nbytes
     if value.numel():
         assert data.tobytes() == bytes(value.contiguous().view(-1).view(torch.uint8).tolist())
+
+
+def test_a_wait_for_room_ends_in_time() -> None:
+    """With a timeout an acquire that finds no room answers False, and its wait is counted as a stall."""
+    budget = HostBudget(100)
+    assert budget.acquire(80, wait=True, timeout_s=0.0)
+    assert not budget.acquire(40, wait=True, timeout_s=0.01)
+    assert budget.stalled_ns > 0 and budget.held_bytes == 80
+    budget.release(80)
+    assert budget.acquire(40, wait=True, timeout_s=0.01)
+
+
+def test_patience() -> None:
+    """A session that has run out of patience drops and counts, and asks anew each time."""
+    writer, asked = HeldWriter(hold=True), []
+
+    def patience() -> float:
+        asked.append(1)
+        return 0.0
+
+    capture = session(writer, limit=RECORD_OVERHEAD_BYTES + 64, patience=patience)
+    capture.begin_step({})
+    for _ in range(3):
+        capture.deliver(capture.reserve([A], 64), [A], [torch.zeros(16)], None)
+    capture.end_step()
+    capture.close()
+    assert (capture.report.records, capture.report.dropped_records, len(asked)) == (1, 2, 2)
+
+
+def test_a_switch_gives_up_in_time() -> None:
+    """A switch that may not wait leaves the gate open while a call of another thread is inside."""
+    gate, inside, leave = Gate(), threading.Event(), threading.Event()
+
+    def call() -> None:
+        gate.enter()
+        inside.set()
+        leave.wait(60)
+        gate.leave()
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    assert inside.wait(60)
+    with pytest.raises(TimeoutError, match="in flight"), gate.switch(timeout_s=0.01):
+        raise AssertionError("switched under a call")
+    gate.enter()
+    gate.leave()
+    leave.set()
+    thread.join(60)
+    with gate.switch(timeout_s=0.01):
+        pass

@@ -25,8 +25,9 @@ class HostBudget:
     def held_bytes(self) -> int:
         return self._held
 
-    def acquire(self, num_bytes: int, *, wait: bool) -> bool:
-        """True once ``num_bytes`` are counted in; False if there is no room (``wait=False``) or after ``shut``.
+    def acquire(self, num_bytes: int, *, wait: bool, timeout_s: float | None = None) -> bool:
+        """True once ``num_bytes`` are counted in; False if there is no room (``wait=False``, or not within
+        ``timeout_s``) or after ``shut``.
 
         More than the whole bound is never granted, so nothing waits for it.
         """
@@ -34,7 +35,9 @@ class HostBudget:
         with self._changed:
             if self._open and self._held + num_bytes > self.limit_bytes and wait:
                 started = time.perf_counter_ns()
-                self._changed.wait_for(lambda: not self._open or self._held + num_bytes <= self.limit_bytes)
+                self._changed.wait_for(
+                    lambda: not self._open or self._held + num_bytes <= self.limit_bytes, timeout_s
+                )
                 self.stalled_ns += time.perf_counter_ns() - started
             if not self._open or self._held + num_bytes > self.limit_bytes:
                 return False

@@ -87,6 +87,8 @@ class Session:
         sampling: (rate, seed) if sites are sampled.
         target_gbps: the rate that the report is held against.
         progress: show a line on standard error.
+        patience: asked whenever a call would wait for room, on its thread: how many seconds it may; None lets it
+            wait until there is room.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Session:
         sampling: tuple[float, int] | None,
         target_gbps: float,
         progress: bool,
+        patience: Callable[[], float] | None = None,
     ) -> None:
         self._writer = writer
         self._make_record = make_record
@@ -108,6 +111,7 @@ class Session:
         self._sampling = sampling
         self._target_gbps = target_gbps
         self._progress = progress
+        self._patience = patience
         self._budget = HostBudget(max(0, max_memory_bytes - writer.memory_bytes))
         self._transfer = Transfer()
         self._site_ids = {site.name: writer.add_site(site.name, site.role) for site in sites}
@@ -208,7 +212,10 @@ class Session:
             return True
         # What fills the buffer may lie in pages that are not full yet: have them stored now.
         self._queue.put(_SEAL)
-        return not self._drop and self._budget.acquire(num_bytes, wait=True)
+        if self._drop:
+            return False
+        timeout_s = self._patience() if self._patience is not None else None
+        return self._budget.acquire(num_bytes, wait=True, timeout_s=timeout_s)
 
     def _reserve_number(self) -> None:
         self._step.calls = {}
@@ -304,6 +311,11 @@ class Session:
         self._budget.shut()
 
     # -- the caller ---------------------------------------------------------------------------------------------
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the capture before its time, of the drain thread or the writer; None while all is well."""
+        return self._failure if self._failure is not None else self._writer.failure
 
     @property
     def report(self) -> CaptureReport:

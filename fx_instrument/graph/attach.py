@@ -78,15 +78,18 @@ class Attachment:
         self._handles.append(model.register_forward_pre_hook(_BeginStep(marker, names), with_kwargs=True))
         self._handles.append(model.register_forward_hook(_EndStep(marker)))
 
-    def open(self, sink: Sink) -> None:
-        """Run the capturing variant from now on, and deliver to ``sink``."""
-        with self.gate.switch():
+    def open(self, sink: Sink, *, timeout_s: float | None = None) -> None:
+        """Run the capturing variant from now on, and deliver to ``sink``; TimeoutError as ``Gate.switch``."""
+        with self.gate.switch(timeout_s=timeout_s):
             self.marker.capturing = True
             self.marker.sink = sink
 
-    def close(self) -> None:
-        """Run the idle variant from now on; calls of other threads that deliver have finished then."""
-        with self.gate.switch():
+    def close(self, *, timeout_s: float | None = None) -> None:
+        """Run the idle variant from now on; calls of other threads that deliver have finished then.
+
+        TimeoutError as ``Gate.switch``.
+        """
+        with self.gate.switch(timeout_s=timeout_s):
             self.marker.sink = None
             self.marker.capturing = False
 

@@ -21,13 +21,19 @@ class Gate:
         self._mine = threading.local()
 
     @contextlib.contextmanager
-    def switch(self) -> Iterator[None]:
-        """Keep new calls out and wait for those of other threads; this thread's own may be around the switch."""
+    def switch(self, *, timeout_s: float | None = None) -> Iterator[None]:
+        """Keep new calls out and wait for those of other threads; this thread's own may be around the switch.
+
+        Raises:
+            TimeoutError: calls were in flight for ``timeout_s`` seconds; nothing was switched.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: not self._switching)
+            if not self._changed.wait_for(lambda: not self._switching, timeout_s):
+                raise TimeoutError(f"another switch has been waiting for more than {timeout_s:g} s")
             self._switching = True
             try:
-                self._changed.wait_for(lambda: self._inside == self._depth())
+                if not self._changed.wait_for(lambda: self._inside == self._depth(), timeout_s):
+                    raise TimeoutError(f"forward calls of other threads were in flight for {timeout_s:g} s")
                 yield
             finally:
                 self._switching = False
