@@ -1,0 +1,113 @@
+"""A process that captures ten times faster than its file takes; run by test_overload.py.
+
+    python tests/overloaded.py FILE CODEC ON_FULL BOUND_BYTES NUM_STEPS ELEMENTS NUM_SITES
+
+The file's ``writev`` waits until ten times the bytes that it has taken were offered, or until the model itself waits
+for room. So the buffer is as full as it can be for as long as it can be, however fast the machine is. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from loud import instrumented, step_input
+
+from fx_instrument.capture.budget import HostBudget
+from fx_instrument.capture.session import RECORD_OVERHEAD_BYTES
+
+OVERLOAD = 10
+
+
+class Brake:
+    """Lets the writer write a tenth of what the model offers."""
+
+    def __init__(self, record_bytes: int) -> None:
+        # What is offered is counted with the bookkeeping of its records, what is written is not.
+        self._ratio = OVERLOAD * (record_bytes + RECORD_OVERHEAD_BYTES) / record_bytes
+        self.offered = self.written = self.blocked = 0
+        self.released = False
+        self._changed = threading.Condition()
+        self._acquire, self._writev = HostBudget.acquire, os.writev
+
+    def put_on(self) -> None:
+        brake = self
+
+        def acquire(budget: HostBudget, num_bytes: int, *, wait: bool) -> bool:
+            with brake._changed:
+                brake.offered += 0 if wait else num_bytes
+                brake.blocked += wait
+                brake._changed.notify_all()
+            try:
+                return brake._acquire(budget, num_bytes, wait=wait)
+            finally:
+                with brake._changed:
+                    brake.blocked -= wait
+
+        def writev(fd: int, views: Sequence[memoryview]) -> int:
+            size = sum(map(len, views))
+            # The file's first bytes come from the thread that opens it, which is the one that runs the model.
+            opening = threading.current_thread() is threading.main_thread()
+            with brake._changed:
+                brake._changed.wait_for(lambda: opening or brake.may_write(size))
+                brake.written += size
+            return brake._writev(fd, views)
+
+        HostBudget.acquire = acquire  # type: ignore[method-assign]
+        os.writev = writev  # type: ignore[assignment]
+
+    def may_write(self, size: int) -> bool:
+        return self.released or self.blocked > 0 or self.offered >= self._ratio * (self.written + size)
+
+    def let_go(self) -> None:
+        with self._changed:
+            self.released = True
+            self._changed.notify_all()
+
+
+def resident(field: str) -> int:
+    """``VmRSS`` or ``VmHWM`` of this process in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(field)
+
+
+def main() -> None:
+    path, codec, on_full = sys.argv[1:4]
+    bound, num_steps, elements, num_sites = map(int, sys.argv[4:8])
+    torch.set_num_threads(1)
+    model, framework = instrumented(num_sites, compression_algorithm=codec, max_memory_gb=bound / 1e9)
+    shape = (1, elements)
+    # Libraries, the traced graphs and the pool are there before the measurement begins; no buffer is.
+    with framework.capture_activations(path):
+        model(step_input(0, shape))
+    model(step_input(0, shape))
+    brake = Brake(elements * 4)
+    brake.put_on()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    with framework.capture_activations(path, on_full=on_full) as capture:  # type: ignore[arg-type]
+        try:
+            for step in range(num_steps):
+                model(step_input(step, shape))
+        finally:
+            brake.let_go()
+    print(
+        json.dumps(
+            {
+                "growth": resident("VmHWM") - before,
+                "before": before,
+                **capture.report.to_dict(),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""`kill -9` while capturing through the framework: what was handed to the kernel comes back, and mode "a" goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+def kill(path: Path, codec: str, num_kills: int, pace: str) -> None:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{TESTS.parent}:{os.environ.get('PYTHONPATH', '')}",
+        "OMP_NUM_THREADS": "1",
+    }
+    process = subprocess.run(
+        [sys.executable, TESTS / "killed.py", path, codec, str(num_kills), "1", pace],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=1800,
+    )
+    assert process.returncode == 0, process.stderr
+    found = json.loads(process.stdout)
+    print(found)
+    assert found["last_steps"] == 20
+    assert found["records"] > 0 and sum(found["recovered_steps"]) + 20 == found["steps"]
+    assert found["damage_to_blocks"] == 0
+    assert found["longest_loss_s"] <= 1
+
+
+def test_killed_captures_go_on(tmp_path: Path) -> None:
+    """Ten captures into one file, each killed at a random moment: no page that the kernel had is lost."""
+    kill(tmp_path / "o.stream", "zstd", 10, "fast")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("codec", "num_kills", "pace"),
+    [("none", 50, "fast"), ("lz4", 50, "fast"), ("zstd", 50, "fast"), ("zstd", 50, "slow")],
+)
+def test_two_hundred_kills(tmp_path: Path, codec: str, num_kills: int, pace: str) -> None:
+    """Whatever the codec and the pace, a second of capture is lost at most."""
+    kill(tmp_path / "o.stream", codec, num_kills, pace)
