@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from loud import instrumented, step_input
@@ -38,13 +39,13 @@ class Brake:
     def put_on(self) -> None:
         brake = self
 
-        def acquire(budget: HostBudget, num_bytes: int, *, wait: bool) -> bool:
+        def acquire(budget: HostBudget, num_bytes: int, *, wait: bool, **more: Any) -> bool:
             with brake._changed:
                 brake.offered += 0 if wait else num_bytes
                 brake.blocked += wait
                 brake._changed.notify_all()
             try:
-                return brake._acquire(budget, num_bytes, wait=wait)
+                return brake._acquire(budget, num_bytes, wait=wait, **more)
             finally:
                 with brake._changed:
                     brake.blocked -= wait

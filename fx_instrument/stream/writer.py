@@ -278,13 +278,14 @@ class StreamWriter:
                 self._release(page)
 
     def _release(self, page: Page) -> None:
-        for row in page.rows:
-            if row[2] is not None:
-                try:
-                    row[2]()
-                except BaseException as error:
-                    self._fail(error)
+        done = [row[2] for row in page.rows if row[2] is not None]
+        # The memory goes before anyone is told that it went.
         page.rows.clear()
+        for tell in done:
+            try:
+                tell()
+            except BaseException as error:
+                self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
         if self.failure is None:
