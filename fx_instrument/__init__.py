@@ -27,6 +27,7 @@ from .export import export_stream
 from .framework import InstrumentationFramework
 from .graph.sites import Site
 from .repair import recover_stream
+from .serving import Recorder, RecorderReport
 from .version import __version__
 
 __all__ = [
@@ -49,6 +50,8 @@ __all__ = [
     "NoSitesError",
     "NotAStreamError",
     "NotInstrumentedError",
+    "Recorder",
+    "RecorderReport",
     "RewriteError",
     "Site",
     "StreamError",

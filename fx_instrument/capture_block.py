@@ -122,14 +122,12 @@ def open_session(
     progress: bool = False,
     max_memory_bytes: int | None = None,
     patience: Callable[[], float] | None = None,
-    more_metadata: Mapping[str, Any] | None = None,
 ) -> Session:
     """A session of ``framework``'s model that writes to ``path``, as the configuration has it.
 
     Args:
         max_memory_bytes: a bound of its own; None takes the configuration's.
         patience: see ``Session``.
-        more_metadata: entries for the file's metadata.
 
     Raises:
         BufferTooSmallError, OSError, ValueError: as ``capture_activations``.
@@ -144,7 +142,7 @@ def open_session(
             f"needs: the writer alone takes {MIN_MEMORY_BYTES} bytes, so give it {least} or more"
         )
     hook_config = config.hook_config
-    metadata = {**framework._metadata(attachment), **(more_metadata or {})}
+    metadata = framework._metadata(attachment)
     if mode == "a" and path is not None:
         _check_resumable(path, metadata)
     writer = StreamWriter(

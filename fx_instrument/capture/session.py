@@ -87,8 +87,8 @@ class Session:
         sampling: (rate, seed) if sites are sampled.
         target_gbps: the rate that the report is held against.
         progress: show a line on standard error.
-        patience: asked whenever a call would wait for room, on its thread: how many seconds it may; None lets it
-            wait until there is room.
+        patience: asked whenever a call would wait for room, on its thread: how many seconds it may. What is
+            larger than the bound is dropped then, too. None waits until there is room, and refuses what is larger.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Session:
 
     def reserve(self, sites: Sequence[SiteLike], num_bytes: int) -> _Ticket:
         total = num_bytes + len(sites) * RECORD_OVERHEAD_BYTES
-        if total > self._budget.limit_bytes:
+        if total > self._budget.limit_bytes and self._patience is None:
             raise BufferTooSmallError(
                 f"one run of a graph captures {num_bytes} bytes in {len(sites)} records ({total} bytes with their "
                 f"bookkeeping), but max_memory_gb={self._max_memory_bytes / 1e9:g} leaves the buffer "
@@ -227,7 +227,7 @@ class Session:
         number = self._step.number
         assert number is not None
         total = sum(value.nbytes + RECORD_OVERHEAD_BYTES for value in inputs.values())
-        if total > self._budget.limit_bytes and not self._drop:
+        if total > self._budget.limit_bytes and not self._drop and self._patience is None:
             raise BufferTooSmallError(
                 f"the integer inputs of a step take {total} bytes with their bookkeeping, but "
                 f"max_memory_gb={self._max_memory_bytes / 1e9:g} leaves the buffer {self._budget.limit_bytes} bytes"

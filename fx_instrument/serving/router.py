@@ -1,0 +1,208 @@
+"""Where captured values go while files change under them: each forward call keeps the file that it began with."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..capture.session import Session
+from ..graph.sites import Site
+
+
+class Lane:
+    """One file that is being written, and how many forward calls are on their way into it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.inode = -1
+        self.began_s = time.monotonic()
+        self.in_flight = 0
+        self.failed = False
+        self.session: Session
+
+
+@dataclass
+class Request:
+    """What one request asked for; shared by the threads that serve it."""
+
+    id: str
+    patience_s: float
+
+
+_REQUEST: contextvars.ContextVar[Request | None] = contextvars.ContextVar(
+    "fx_instrument_request", default=None
+)
+
+
+@contextlib.contextmanager
+def in_request(request: Request | None) -> Iterator[None]:
+    """Forward calls in this context belong to ``request``."""
+    token = _REQUEST.set(request)
+    try:
+        yield
+    finally:
+        _REQUEST.reset(token)
+
+
+@dataclass
+class _Ticket:
+    lane: Lane
+    inner: Any
+
+
+class _Mine(threading.local):
+    """The forward call that this thread is in."""
+
+    def __init__(self) -> None:
+        self.in_step = False
+        self.lane: Lane | None = None
+        self.request: Request | None = None
+        self.patience_s = 0.0
+
+
+class Router:
+    """A sink whose file can change at any moment, without waiting for a call and without one seeing two files.
+
+    An exception of the capture goes to ``on_error`` with its lane and never into the forward call.
+
+    Args:
+        requests_only: record the forward calls inside ``in_request`` only.
+        max_stall_s: how long a request, or a forward call outside of one, may be held up in all.
+        on_error: called from the model's threads.
+    """
+
+    def __init__(
+        self, *, requests_only: bool, max_stall_s: float, on_error: Callable[[Lane, BaseException], None]
+    ) -> None:
+        self._requests_only = requests_only
+        self._max_stall_s = max_stall_s
+        self._on_error = on_error
+        self._lock = threading.Lock()
+        self._lane: Lane | None = None
+        self._mine = _Mine()
+
+    @property
+    def lane(self) -> Lane | None:
+        """Where new forward calls are recorded."""
+        return self._lane
+
+    def replace(self, lane: Lane | None) -> Lane | None:
+        """Record new forward calls in ``lane``; the lane before, where calls may still be in flight."""
+        with self._lock:
+            before, self._lane = self._lane, lane
+        return before
+
+    def patience(self) -> float:
+        """How long the capture may still hold up this thread."""
+        mine = self._mine
+        return mine.request.patience_s if mine.request is not None else mine.patience_s
+
+    # -- the sink -----------------------------------------------------------------------------------------------
+
+    def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        mine = self._mine
+        if mine.lane is not None:
+            # The call before was cut off by an exception inside one compiled function.
+            self.end_step()
+        request = _REQUEST.get()
+        mine.in_step = True
+        mine.request = request
+        mine.patience_s = self._max_stall_s
+        if request is None and self._requests_only:
+            return
+        lane = mine.lane = self._enter()
+        if lane is not None:
+            with self._shielded(lane):
+                lane.session.begin_step(inputs)
+
+    def end_step(self) -> None:
+        mine = self._mine
+        lane, mine.lane, mine.request, mine.in_step = mine.lane, None, None, False
+        if lane is not None:
+            with self._shielded(lane):
+                lane.session.end_step()
+            self._leave(lane)
+
+    def reserve(self, sites: Sequence[Site], num_bytes: int) -> _Ticket | None:
+        lane = self._enter_again()
+        if lane is None:
+            return None
+        with self._shielded(lane):
+            return _Ticket(lane, lane.session.reserve(sites, num_bytes))
+        self._leave(lane)
+        return None
+
+    def deliver(
+        self,
+        ticket: _Ticket | None,
+        sites: Sequence[Site],
+        values: Sequence[torch.Tensor],
+        full_shapes: Sequence[tuple[int, ...]] | None,
+    ) -> None:
+        if ticket is not None:
+            with self._shielded(ticket.lane):
+                ticket.lane.session.deliver(ticket.inner, sites, values, full_shapes)
+            self._leave(ticket.lane)
+
+    def cancel(self, ticket: _Ticket | None) -> None:
+        if ticket is not None:
+            with self._shielded(ticket.lane):
+                ticket.lane.session.cancel(ticket.inner)
+            self._leave(ticket.lane)
+
+    def record_eager(self, site: Site, value: torch.Tensor) -> None:
+        lane = self._enter_again()
+        if lane is not None:
+            with self._shielded(lane):
+                lane.session.record_eager(site, value)
+            self._leave(lane)
+
+    # -- lanes --------------------------------------------------------------------------------------------------
+
+    def _enter(self) -> Lane | None:
+        with self._lock:
+            lane = self._lane
+            if lane is not None:
+                lane.in_flight += 1
+            return lane
+
+    def _enter_again(self) -> Lane | None:
+        """The lane of this thread's forward call; outside of one (T5's encoder in ``generate``) the current lane."""
+        mine = self._mine
+        if not mine.in_step:
+            mine.request = _REQUEST.get()
+            if mine.request is None and self._requests_only:
+                return None
+            mine.patience_s = self._max_stall_s
+            return self._enter()
+        if mine.lane is not None:
+            with self._lock:
+                mine.lane.in_flight += 1
+        return mine.lane
+
+    def _leave(self, lane: Lane) -> None:
+        with self._lock:
+            lane.in_flight -= 1
+
+    @contextlib.contextmanager
+    def _shielded(self, lane: Lane) -> Iterator[None]:
+        """Keep exceptions of the capture out of the forward call, and count the time that it was held up."""
+        started_s = time.perf_counter()
+        try:
+            yield
+        except Exception as error:
+            self._on_error(lane, error)
+        finally:
+            mine, spent_s = self._mine, time.perf_counter() - started_s
+            if mine.request is not None:
+                mine.request.patience_s = max(0.0, mine.request.patience_s - spent_s)
+            else:
+                mine.patience_s = max(0.0, mine.patience_s - spent_s)
