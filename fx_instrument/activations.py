@@ -1,4 +1,4 @@
-"""The torch view of a stream file: sites, records as tensors, the inputs that they belong to."""
+"""The torch view of stream files: sites, records as tensors, the inputs that they belong to."""
 
 from __future__ import annotations
 
@@ -15,28 +15,44 @@ import torch
 
 from .errors import CorruptStreamError, MissingRecordError, UnsupportedStreamError
 from .sampling import num_samples, positions
+from .stream.mapped import stream_files
 from .stream.reader import RecordRef, StreamReader
-from .stream.records import Damage, SiteEntry
+from .stream.records import Damage, SiteEntry, StreamPart
 
 INPUT_ROLE = "input"
 
 
-def open_stream(path: str | os.PathLike[str], *, recover: bool = False) -> ActivationStream:
-    """The captured values of a stream file, ready to read; the file is never modified.
+StreamSource = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+"""A stream file, a folder of them, or a sequence of either."""
+
+
+def open_stream(path: StreamSource, *, recover: bool = False) -> ActivationStream:
+    """The captured values of one or several stream files, ready to read as one; no file is ever modified.
+
+    Several files come from processes beside each other, which have different ranks, from one process after the
+    other, or both. Files of one rank are put in the order of their creation, whatever their names, and steps go on
+    from one to the next; a step of one rank is beside the step of that number of another. The same holds of files
+    that were joined by ``cat``. ``.parts`` says which steps came from where.
 
     Args:
-        path: a file that ``capture_activations`` wrote.
+        path: a file that ``capture_activations`` wrote; a folder, of which the files that are streams are taken; or
+            a sequence of files and folders.
         recover: read a file without an index (its writer was killed, or it was cut) as far as it is whole, and
-            pass over damaged blocks; ``.damage`` then says what is missing.
+            pass over damaged blocks; ``.damage`` then says what is missing. Of several files, those of which nothing
+            can be read are passed over too.
 
     Raises:
         FileNotFoundError: there is no such file.
-        NotAStreamError: the file is something else.
-        TruncatedStreamError: the file has no index, and ``recover`` is False.
+        ValueError: a file is named twice, or none is.
+        NotAStreamError: a file is something else, or a folder has no streams.
+        TruncatedStreamError: a file has no index, and ``recover`` is False.
         CorruptStreamError: bytes contradict their checksum.
         UnsupportedStreamError: a newer format, or a codec or dtype that this version can't read.
     """
-    return ActivationStream(StreamReader(path, recover=recover), os.fspath(path))
+    files = stream_files(path)
+    # A folder keeps its own name, also where there is one file in it.
+    name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    return ActivationStream(StreamReader(files, recover=recover), name)
 
 
 class Record:
@@ -46,12 +62,13 @@ class Record:
         site: name of the module.
         step: number of the forward call, from 0.
         call: number of the module's call within the step, from 0.
+        rank: which process captured it; 0 where there was one.
         shape: of the stored values; ``(k,)`` if sampled.
         dtype: as captured.
         full_shape: of the module's output; differs from ``shape`` only if sampled.
     """
 
-    __slots__ = ("_data", "_ref", "_stream", "call", "dtype", "full_shape", "shape", "site", "step")
+    __slots__ = ("_data", "_ref", "_stream", "call", "dtype", "full_shape", "rank", "shape", "site", "step")
 
     def __init__(
         self, stream: ActivationStream, site: str, ref: RecordRef, data: npt.NDArray[np.uint8] | None = None
@@ -62,6 +79,7 @@ class Record:
         self.site = site
         self.step = ref.step
         self.call = ref.call
+        self.rank = ref.rank
         self.shape = torch.Size(ref.shape)
         self.dtype = torch_dtype(ref.dtype)
         self.full_shape = self.shape if ref.full_shape is None else torch.Size(ref.full_shape)
@@ -106,19 +124,20 @@ class Record:
         if not self.is_sampled:
             return None
         return torch.from_numpy(
-            self._stream._positions(math.prod(self.full_shape), self.shape.numel()).copy()
+            self._stream._positions(self._ref.segment, math.prod(self.full_shape), self.shape.numel()).copy()
         )
 
     def __repr__(self) -> str:
         sampled = f" of {tuple(self.full_shape)}" if self.is_sampled else ""
+        rank = f"rank={self.rank}, " if len(self._stream.ranks) > 1 else ""
         return (
-            f"Record({self.site!r}, step={self.step}, call={self.call}, "
+            f"Record({self.site!r}, step={self.step}, call={self.call}, {rank}"
             f"{str(self.dtype).removeprefix('torch.')} {tuple(self.shape)}{sampled})"
         )
 
 
 class SiteRecords(Sequence[Record]):
-    """The records of one site, by step and call; empty if the site was not captured."""
+    """The records of one site, by step, rank and call; empty if the site was not captured."""
 
     def __init__(self, stream: ActivationStream, site: str, refs: Sequence[RecordRef]) -> None:
         self.site = site
@@ -137,57 +156,82 @@ class SiteRecords(Sequence[Record]):
             return SiteRecords(self._stream, self.site, self._refs[index])
         return Record(self._stream, self.site, self._refs[index])
 
-    def cat(self) -> torch.Tensor:
+    def of_rank(self, rank: int) -> list[Record]:
+        """The records that one process captured, by step and call."""
+        return [record for record in self if record.rank == rank]
+
+    def cat(self, *, rank: int | None = None) -> torch.Tensor:
         """All values in one tensor, joined along the token dimension in the order of steps and calls.
 
         That is the last but one dimension, so (batch, tokens, hidden) gives (batch, all tokens, hidden); sampled
         and one-dimensional records are joined end to end, scalars become one dimension.
 
+        Args:
+            rank: join the records of this process only.
+
         Raises:
-            ValueError: there are no records, or their other dimensions or dtypes differ.
+            ValueError: there are no records, they are of several ranks (whose batches are not each other's
+                continuation) and none is given, or their other dimensions or dtypes differ.
         """
         if not self._refs:
             raise ValueError(f"no records of {self.site!r} to join; {self._stream.near_sites(self.site)}")
-        first = self[0]
-        rank = len(first.shape)
-        for record in self:
-            same = len(record.shape) == rank and record.dtype == first.dtype
+        records = list(self) if rank is None else self.of_rank(rank)
+        ranks = sorted({record.rank for record in records})
+        if len(ranks) != 1:
+            there = ", ".join(map(str, self._stream.ranks))
+            raise ValueError(
+                f"records of {self.site!r} are of the ranks {there}; join one rank's, stream[site].cat(rank=...)"
+                if ranks
+                else f"rank {rank} has no records of {self.site!r}; there are the ranks {there}"
+            )
+        first = records[0]
+        dims = len(first.shape)
+        for record in records:
+            same = len(record.shape) == dims and record.dtype == first.dtype
             same = same and all(
                 a == b
                 for d, (a, b) in enumerate(zip(record.shape, first.shape, strict=True))
-                if d != max(0, rank - 2)
+                if d != max(0, dims - 2)
             )
             if not same:
                 raise ValueError(
                     f"records of {self.site!r} differ beyond the token dimension: {first!r} and {record!r}; "
                     f"join a part of them, stream[site][a:b].cat()"
                 )
-        tensors = [record.tensor() for record in self]
-        return torch.stack(tensors) if rank == 0 else torch.cat(tensors, dim=max(0, rank - 2))
+        tensors = [record.tensor() for record in records]
+        return torch.stack(tensors) if dims == 0 else torch.cat(tensors, dim=max(0, dims - 2))
 
     def __repr__(self) -> str:
         return f"SiteRecords({self.site!r}, {len(self)} records)"
 
 
 class ActivationStream:
-    """A stream file as torch sees it; made by ``open_stream``. Also a context manager, and iterable.
+    """Stream files as torch sees them; made by ``open_stream``. Also a context manager, and iterable.
 
-    Iterating gives every record in the order of the file, which is read once, front to back; a record that was
-    reached so holds its bytes, so let go of it before the next to keep memory small.
+    Iterating gives every record in the order of the files (by rank, then time), each read once, front to back; a
+    record that was reached so holds its bytes, so let go of it before the next to keep memory small.
     """
 
-    def __init__(self, reader: StreamReader, path: str) -> None:
+    def __init__(self, reader: StreamReader, path: str | None = None) -> None:
         self._reader = reader
-        self.path = path
+        self.path = reader.path if path is None else path
+        """Of the file or folder; of several, of the first, and how many more."""
         self.metadata: dict[str, Any] = reader.metadata
-        """Configuration, model, versions, and under "summary" what the capture came to (absent after a kill)."""
+        """Configuration, model, versions, and under "summary" what the capture came to (absent after a kill).
+
+        Of several files the first one's, with the last one's summary; ``parts`` has those of each.
+        """
+        self.parts: tuple[StreamPart, ...] = reader.parts
+        """The files, or parts of a joined file, in the order in which they are read."""
+        self.ranks: tuple[int, ...] = reader.ranks
+        """Which processes captured, ascending."""
         self.sites: tuple[SiteEntry, ...] = tuple(site for site in reader.sites if site.role != INPUT_ROLE)
         self.num_steps: int = reader.num_steps
         self.damage: list[Damage] = reader.damage
         self._ids = {site.name: site.id for site in self.sites}
         self._names = {site.id: site.name for site in self.sites}
         self._inputs = {site.name: site.id for site in reader.sites if site.role == INPUT_ROLE}
-        self._last_positions: tuple[int, npt.NDArray[np.int64]] | None = None
+        self._last_positions: tuple[int, int, npt.NDArray[np.int64]] | None = None
 
     @property
     def codec(self) -> str:
@@ -200,7 +244,7 @@ class ActivationStream:
 
     @property
     def stored_bytes(self) -> int:
-        """Size of the file."""
+        """Size of the file or files."""
         return self._reader.stored_bytes
 
     @property
@@ -229,61 +273,92 @@ class ActivationStream:
             if name is not None:
                 yield Record(self, name, ref, data)
 
-    def read(self, site: str, step: int, call: int = 0) -> torch.Tensor:
+    def read(self, site: str, step: int, call: int = 0, *, rank: int | None = None) -> torch.Tensor:
         """The values of one site in one forward call, as ``Record.tensor`` gives them.
 
-        Raises:
-            MissingRecordError: (a KeyError) no such site, step or call; the message says what there is.
-        """
-        return self.record(site, step, call).tensor()
+        Args:
+            rank: which process captured it; may be left out where only one did.
 
-    def record(self, site: str, step: int, call: int = 0) -> Record:
+        Raises:
+            MissingRecordError: (a KeyError) no such site, step, call or rank; the message says what there is.
+            ValueError: several ranks have such a record, and none is given.
+        """
+        return self.record(site, step, call, rank=rank).tensor()
+
+    def record(self, site: str, step: int, call: int = 0, *, rank: int | None = None) -> Record:
         """The record of one site in one forward call, not yet read; errors as ``read``."""
         site_id = self._ids.get(site)
         if site_id is None:
             raise MissingRecordError(f"{self.path} has no site {site!r}; {self.near_sites(site)}")
-        found = self.find(site, step, call)
+        found = self.find(site, step, call, rank=rank)
         if found is None:
-            refs = self._reader.refs(site_id)
-            calls = [ref.call for ref in refs if ref.step == step]
-            if calls:
-                there = f"in that step it was called {len(calls)} times (calls {calls[0]} to {calls[-1]})"
-            elif refs:
-                there = f"it has {len(refs)} records, of steps {refs[0].step} to {refs[-1].step}"
-            else:
-                there = "the site has no records"
+            whose = "" if rank is None else f" of rank {rank}"
             raise MissingRecordError(
-                f"{self.path} has no record of {site!r} at step {step}, call {call}: {there}"
+                f"{self.path} has no record of {site!r} at step {step}, call {call}{whose}: "
+                f"{self._what_there_is(site_id, step, rank)}"
             )
         return found
 
-    def find(self, site: str, step: int, call: int = 0) -> Record | None:
-        """The record of one site in one forward call, not yet read; None if there is none."""
-        site_id = self._ids.get(site)
-        ref = self._reader.find(site_id, step, call) if site_id is not None else None
-        return Record(self, site, ref) if ref is not None else None
+    def _what_there_is(self, site_id: int, step: int, rank: int | None) -> str:
+        if rank is not None and rank not in self.ranks:
+            return f"there are the ranks {', '.join(map(str, self.ranks))}"
+        refs = [ref for ref in self._reader.refs(site_id) if rank is None or ref.rank == rank]
+        calls = [ref.call for ref in refs if ref.step == step]
+        if calls:
+            return f"in that step it was called {len(calls)} times (calls {calls[0]} to {calls[-1]})"
+        if refs:
+            return f"it has {len(refs)} records, of steps {refs[0].step} to {refs[-1].step}"
+        return "the site has no records"
 
-    def inputs(self, step: int) -> dict[str, torch.Tensor]:
+    def find(self, site: str, step: int, call: int = 0, *, rank: int | None = None) -> Record | None:
+        """The record of one site in one forward call, not yet read; None if there is none.
+
+        Raises:
+            ValueError: several ranks have such a record, and none is given.
+        """
+        site_id = self._ids.get(site)
+        if site_id is None:
+            return None
+        refs = self._reader.find_all(site_id, step, call, rank)
+        if len(refs) > 1:
+            raise self._ambiguous(site, step, refs)
+        return Record(self, site, refs[0]) if len(refs) else None
+
+    def _ambiguous(self, what: str, step: int, refs: Sequence[RecordRef]) -> ValueError:
+        ranks = ", ".join(str(ref.rank) for ref in refs)
+        return ValueError(f"{what!r} at step {step} is there of the ranks {ranks}; say which: rank=...")
+
+    def inputs(self, step: int, *, rank: int | None = None) -> dict[str, torch.Tensor]:
         """The integer inputs of one forward call as they were passed, by argument name.
 
         Such as ``input_ids``, ``attention_mask``, ``position_ids``; empty if none was recorded.
 
+        Args:
+            rank: whose call; may be left out where only one process recorded inputs.
+
         Raises:
             MissingRecordError: (a KeyError) the stream has no such step.
+            ValueError: several ranks recorded inputs of that step, and none is given.
         """
         if not 0 <= step < self.num_steps:
             raise MissingRecordError(
                 f"{self.path} has no step {step}: it holds {self.num_steps}, counted from 0"
             )
-        found = {name: self._reader.find(site_id, step, 0) for name, site_id in self._inputs.items()}
-        return {name: Record(self, name, ref).tensor() for name, ref in found.items() if ref is not None}
+        found = {}
+        for name, site_id in self._inputs.items():
+            refs = self._reader.find_all(site_id, step, 0, rank)
+            if len(refs) > 1:
+                raise self._ambiguous(name, step, refs)
+            if len(refs):
+                found[name] = Record(self, name, refs[0]).tensor()
+        return found
 
     def verify(self) -> list[Damage]:
-        """Compare every byte of the file with its checksums, and the index with the blocks; empty if all is well."""
+        """Compare every byte with its checksums, and each index with its blocks; empty if all is well."""
         return self._reader.verify()
 
     def close(self) -> None:
-        """Let go of the file; tensors that were read stay valid."""
+        """Let go of the files; tensors that were read stay valid."""
         self._reader.close()
 
     def __enter__(self) -> ActivationStream:
@@ -297,23 +372,26 @@ class ActivationStream:
     def __repr__(self) -> str:
         return f"ActivationStream({self.path!r}: {len(self.sites)} sites, {self.num_steps} steps, {len(self)} records)"
 
-    def _positions(self, numel: int, count: int) -> npt.NDArray[np.int64]:
+    def _positions(self, part: int, numel: int, count: int) -> npt.NDArray[np.int64]:
         # One entry: sites of a step mostly share a size, and a cache of many could outgrow the records.
-        if self._last_positions is not None and self._last_positions[0] == numel:
-            return self._last_positions[1]
-        hook_config = self.metadata.get("config", {}).get("hook_config", {})
+        if self._last_positions is not None and self._last_positions[:2] == (part, numel):
+            return self._last_positions[2]
+        path, hook_config = (
+            self.parts[part].path,
+            self.parts[part].metadata.get("config", {}).get("hook_config", {}),
+        )
         try:
             rate, seed = float(hook_config["sampling_rate"]), int(hook_config["seed"])
         except KeyError as missing:
             raise UnsupportedStreamError(
-                f"{self.path}: the metadata lack config.hook_config.{missing.args[0]}, so positions are unknown"
+                f"{path}: the metadata lack config.hook_config.{missing.args[0]}, so positions are unknown"
             ) from missing
         if num_samples(numel, rate) != count:
             raise CorruptStreamError(
-                f"{self.path}: a record holds {count} of {numel} elements, rate {rate} gives {num_samples(numel, rate)}"
+                f"{path}: a record holds {count} of {numel} elements, rate {rate} gives {num_samples(numel, rate)}"
             )
-        self._last_positions = (numel, positions(numel, rate, seed))
-        return self._last_positions[1]
+        self._last_positions = (part, numel, positions(numel, rate, seed))
+        return self._last_positions[2]
 
     def near_sites(self, site: str) -> str:
         """A clause for error messages: the names closest to ``site``, or the first that there are."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .activations import ActivationStream, Record, open_stream
-from .stream.records import Damage
+from .activations import ActivationStream, Record, StreamSource, open_stream
+from .stream.records import Damage, StreamPart
 from .token_rows import TokenRows
 
 NUM_TOP_CHANNELS = 10
@@ -25,26 +24,27 @@ Floats = npt.NDArray[np.float64]
 
 
 def analyze_activations(
-    path: str | os.PathLike[str],
+    path: StreamSource,
     *,
     recover: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """What the stream file holds, and what the values of each of its sites look like, as plain JSON values.
+    """What stream files hold, and what the values of each of their sites look like, as plain JSON values.
 
-    The file is read once, front to back; memory grows with the number of sites and channels, not with the file.
+    Every file is read once, front to back; memory grows with the number of sites and channels, not with the file.
     All sums are float64, merged with the formulas of Chan et al. and Pébay (Sandia report SAND2008-6212), so long
     files lose no digits.
 
     Args:
-        path: a file that ``capture_activations`` wrote.
+        path: a file that ``capture_activations`` wrote, or a folder or sequence of them, as ``open_stream`` takes.
         recover: as in ``open_stream``.
         progress: called with (records read, records in all) after each record.
 
     Returns:
-        ``metadata``: file, codec, config, model, backend, versions, steps, records, raw_bytes, stored_bytes, ratio,
-        duration_s, achieved_gbps, dropped_records (by site), stalled_seconds, eager_records, damage. What only a
-        finished capture knows is None in a recovered file.
+        ``metadata``: file, parts (path, rank, first_step, steps, records of each file), codec, config, model,
+        backend, versions, steps, records, raw_bytes, stored_bytes, ratio, duration_s (of the rank that took
+        longest), achieved_gbps, dropped_records (by site), stalled_seconds, eager_records, damage. What only a
+        finished capture knows is None in a recovered file; config, model and versions are those of the first file.
 
         ``sites``: by name, in the order of the file's table: role, records, tokens (rows along the last dimension),
         shape (of the module's output; None where it varies), dtype, mean, std (population), min, max,
@@ -77,10 +77,20 @@ def analyze_activations(
 def describe(stream: ActivationStream) -> dict[str, Any]:
     """The ``metadata`` of ``analyze_activations``, without reading a record."""
     metadata = stream.metadata
-    summary = metadata.get("summary") or {}
-    duration = summary.get("duration_s")
+    summary = _joined_summary(stream.parts)
+    duration = summary["duration_s"]
     return {
         "file": stream.path,
+        "parts": [
+            {
+                "file": part.path,
+                "rank": part.rank,
+                "first_step": part.first_step,
+                "steps": part.num_steps,
+                "records": part.num_records,
+            }
+            for part in stream.parts
+        ],
         "codec": stream.codec,
         "config": metadata.get("config"),
         "model": metadata.get("model"),
@@ -93,17 +103,44 @@ def describe(stream: ActivationStream) -> dict[str, Any]:
         "ratio": stream.raw_bytes / stream.stored_bytes if stream.stored_bytes else None,
         "duration_s": duration,
         "achieved_gbps": stream.raw_bytes / duration / 1e9 if duration else None,
-        "dropped_records": summary.get("dropped_records"),
-        "stalled_seconds": summary.get("stalled_seconds"),
-        "eager_records": summary.get("eager_records"),
+        "dropped_records": summary["dropped_records"],
+        "stalled_seconds": summary["stalled_seconds"],
+        "eager_records": summary["eager_records"],
         "damage": describe_damage(stream.damage),
     }
 
 
+def _joined_summary(parts: Sequence[StreamPart]) -> dict[str, Any]:
+    """The figures of all captures together; None where none says one."""
+    summaries = [(part.rank, summary) for part in parts for summary in part.summaries]
+
+    def known(name: str, kind: type | tuple[type, ...]) -> list[tuple[int, Any]]:
+        return [(rank, found[name]) for rank, found in summaries if isinstance(found.get(name), kind)]
+
+    durations: dict[int, float] = {}
+    for rank, seconds in known("duration_s", (int, float)):
+        durations[rank] = durations.get(rank, 0.0) + seconds
+    joined: dict[str, Any] = {"duration_s": max(durations.values(), default=None)}
+    for name in ("stalled_seconds", "eager_records"):
+        counts = [count for _, count in known(name, (int, float))]
+        joined[name] = sum(counts) if counts else None
+    drops = [dropped for _, dropped in known("dropped_records", dict)]
+    joined["dropped_records"] = None if not drops else {}
+    for site, count in (item for dropped in drops for item in dropped.items()):
+        joined["dropped_records"][site] = joined["dropped_records"].get(site, 0) + count
+    return joined
+
+
 def describe_damage(damage: Sequence[Damage]) -> list[dict[str, Any]]:
-    """Each gap as plain JSON values: offset, num_bytes, reason."""
+    """Each gap as plain JSON values: file, offset, num_bytes, reason."""
     return [
-        {"offset": int(gap.offset), "num_bytes": int(gap.num_bytes), "reason": gap.reason} for gap in damage
+        {
+            "file": gap.file,
+            "offset": int(gap.offset),
+            "num_bytes": int(gap.num_bytes),
+            "reason": gap.reason,
+        }
+        for gap in damage
     ]
 
 

@@ -33,6 +33,7 @@ from .errors import (
 from .export import FORMATS, export_stream
 from .repair import recover_stream
 from .site_table import info_table, site_table
+from .stream.mapped import stream_files
 from .version import __version__
 
 EXIT_DAMAGED, EXIT_USAGE, EXIT_UNREADABLE, EXIT_MISSING_PACKAGE, EXIT_FAILED = 1, 2, 3, 4, 5
@@ -40,7 +41,9 @@ EXIT_CODES = """\b
 Exit codes: 0 done; 1 the file is damaged or cut short; 2 wrong usage, no such file, or output exists;
 3 not a stream, or of a newer format; 4 an optional package is missing; 5 anything else that failed."""
 
-INPUT_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+files_argument = click.argument(
+    "files", metavar="FILE...", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path)
+)
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON on standard output, nothing else."
 )
@@ -98,17 +101,18 @@ def _exit_code(error: Exception) -> int:
 def cli() -> None:
     """Look into the activation streams that fx_instrument captures.
 
-    A stream file holds the outputs of a model's attention and MLP modules, step by step, compressed.
+    A stream file holds the outputs of a model's attention and MLP modules, step by step, compressed. Several files,
+    or a folder of them, are read as one: ranks beside each other, files of one rank one after the other.
     """
 
 
 @cli.command(short_help="Say what a file holds and where it comes from.")
-@click.argument("file", type=INPUT_FILE)
+@files_argument
 @json_option
 @recover_option
-def info(file: Path, as_json: bool, recover: bool) -> None:
-    """Say where FILE comes from and what it holds, without reading the values."""
-    with open_stream(file, recover=recover) as stream:
+def info(files: Sequence[Path], as_json: bool, recover: bool) -> None:
+    """Say where the files come from and what they hold, without reading the values."""
+    with open_stream(_one_or_all(files), recover=recover) as stream:
         found = describe(stream)
         sites = [{"name": site.name, "role": site.role} for site in stream.sites]
         inputs = list(stream.input_names)
@@ -120,14 +124,14 @@ def info(file: Path, as_json: bool, recover: bool) -> None:
 
 
 @cli.command(short_help="Print statistics of each site's values.")
-@click.argument("file", type=INPUT_FILE)
+@files_argument
 @json_option
 @recover_option
 @site_option
-def stats(file: Path, as_json: bool, recover: bool, globs: Sequence[str]) -> None:
-    """Print statistics of the values of each site of FILE."""
+def stats(files: Sequence[Path], as_json: bool, recover: bool, globs: Sequence[str]) -> None:
+    """Print statistics of the values of each site."""
     with _progress("reading", quiet=as_json) as progress:
-        found = analyze_activations(file, recover=recover, progress=progress)
+        found = analyze_activations(_one_or_all(files), recover=recover, progress=progress)
     if globs:
         found["sites"] = {name: found["sites"][name] for name in _choose(list(found["sites"]), globs)}
     if as_json:
@@ -138,39 +142,60 @@ def stats(file: Path, as_json: bool, recover: bool, globs: Sequence[str]) -> Non
 
 
 @cli.command(short_help="Check a file against its checksums.")
-@click.argument("file", type=INPUT_FILE)
+@files_argument
 @json_option
-def verify(file: Path, as_json: bool) -> int:
-    """Check every byte of FILE against its checksums; exit code 1 if it is damaged or cut short."""
+def verify(files: Sequence[Path], as_json: bool) -> int:
+    """Check every byte against its checksums; exit code 1 if a file is damaged or cut short."""
+    found = []
+    with _progress("verifying", quiet=as_json) as progress:
+        names = stream_files(files)
+        for done, name in enumerate(names):
+            progress(done, len(names))
+            found.append(_verified(name))
+    ok = all(result["ok"] for result in found)
+    if as_json:
+        problems = [problem for result in found for problem in result["problems"]]
+        _print_json(
+            {
+                "file": ", ".join(map(str, files)),
+                "ok": ok,
+                "readable_records": sum(result["readable_records"] for result in found),
+                "problems": problems,
+                "files": found,
+            }
+        )
+    else:
+        console = _console()
+        for result in found:
+            for problem in result["problems"]:
+                console.print(f"[red]damaged:[/] {escape(problem['reason'])}")
+            count = result["readable_records"]
+            state = f"whole, {count} records" if result["ok"] else f"{count} records are readable"
+            console.print(f"{escape(result['file'])}: {state}")
+    return 0 if ok else EXIT_DAMAGED
+
+
+def _verified(file: str) -> dict[str, Any]:
     problems: list[dict[str, Any]] = []
+    records = 0
     try:
         with open_stream(file) as stream:
             problems += describe_damage(stream.verify())
             records = len(stream)
     except (TruncatedStreamError, CorruptStreamError) as error:
-        problems.append({"offset": None, "num_bytes": None, "reason": str(error)})
+        problems.append({"file": file, "offset": None, "num_bytes": None, "reason": str(error)})
     if problems:
-        with open_stream(file, recover=True) as stream:
-            problems += [gap for gap in describe_damage(stream.damage) if gap not in problems]
-            records = len(stream)
-    if as_json:
-        _print_json(
-            {"file": str(file), "ok": not problems, "readable_records": records, "problems": problems}
-        )
-    else:
-        console = _console()
-        for problem in problems:
-            console.print(f"[red]damaged:[/] {escape(problem['reason'])}")
-        console.print(
-            f"{escape(str(file))}: {records} records are readable"
-            if problems
-            else f"{escape(str(file))}: whole, {records} records"
-        )
-    return EXIT_DAMAGED if problems else 0
+        try:
+            with open_stream(file, recover=True) as stream:
+                problems += [gap for gap in describe_damage(stream.damage) if gap not in problems]
+                records = len(stream)
+        except (TruncatedStreamError, CorruptStreamError):
+            records = 0
+    return {"file": file, "ok": not problems, "readable_records": records, "problems": problems}
 
 
 @cli.command(short_help="Make a damaged or cut file whole again.")
-@click.argument("file", type=INPUT_FILE)
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "-o",
     "--output",
@@ -197,7 +222,7 @@ def recover(file: Path, output: Path | None, as_json: bool) -> None:
 
 
 @cli.command(short_help="Write the records in another library's format.")
-@click.argument("file", type=INPUT_FILE)
+@files_argument
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option(
     "--format", "format_", type=click.Choice(sorted(FORMATS.values())), help="Default: by OUTPUT's suffix."
@@ -207,7 +232,7 @@ def recover(file: Path, output: Path | None, as_json: bool) -> None:
 @recover_option
 @json_option
 def export(
-    file: Path,
+    files: Sequence[Path],
     output: Path,
     format_: str | None,
     overwrite: bool,
@@ -215,25 +240,25 @@ def export(
     recover: bool,
     as_json: bool,
 ) -> None:
-    """Write the records of FILE to OUTPUT: .safetensors, .parquet, .arrow, .npz or .zarr.
+    """Write the records to OUTPUT: .safetensors, .parquet, .arrow, .npz or .zarr.
 
     Every bit is kept; formats without bfloat16 hold it as float32.
     """
-    with open_stream(file, recover=recover) as stream:
+    with open_stream(_one_or_all(files), recover=recover) as stream:
         sites = _choose([site.name for site in stream.sites], globs) if globs else None
         with _progress("exporting", quiet=as_json) as progress:
-            files = export_stream(
+            made = export_stream(
                 stream, output, format=format_, sites=sites, overwrite=overwrite, progress=progress
             )
     if as_json:
-        _print_json({"files": [str(made) for made in files]})
+        _print_json({"files": [str(file) for file in made]})
         return
-    for made in files:
-        click.echo(made)
+    for file in made:
+        click.echo(file)
 
 
 @cli.command(short_help="Print the first records.")
-@click.argument("file", type=INPUT_FILE)
+@files_argument
 @click.option(
     "-n", "--records", default=10, show_default=True, type=click.IntRange(1), help="How many records."
 )
@@ -243,11 +268,14 @@ def export(
 @site_option
 @recover_option
 @json_option
-def head(file: Path, records: int, values: int, globs: Sequence[str], recover: bool, as_json: bool) -> None:
-    """Print the first records of FILE, by step and site, with their first values."""
-    with open_stream(file, recover=recover) as stream:
+def head(
+    files: Sequence[Path], records: int, values: int, globs: Sequence[str], recover: bool, as_json: bool
+) -> None:
+    """Print the first records, by step and site, with their first values."""
+    with open_stream(_one_or_all(files), recover=recover) as stream:
         names = [site.name for site in stream.sites]
         chosen = _choose(names, globs) if globs else names
+        ranks = stream.ranks
         found = [
             _head_row(record, values) for record in itertools.islice(_first_records(stream, chosen), records)
         ]
@@ -255,7 +283,8 @@ def head(file: Path, records: int, values: int, globs: Sequence[str], recover: b
         _print_json(found)
         return
     table = Table(header_style="bold", box=None, pad_edge=False)
-    for name in ("step", "call"):
+    numbers_shown = ("step", "call", "rank") if len(ranks) > 1 else ("step", "call")
+    for name in numbers_shown:
         table.add_column(name, justify="right")
     for name in ("site", "dtype", "shape", "values"):
         table.add_column(name, no_wrap=True)
@@ -266,7 +295,9 @@ def head(file: Path, records: int, values: int, globs: Sequence[str], recover: b
         numbers = " ".join(
             f"{value:.4g}" if isinstance(value, float) else str(value) for value in row["values"]
         )
-        table.add_row(str(row["step"]), str(row["call"]), escape(row["site"]), row["dtype"], shape, numbers)
+        table.add_row(
+            *(str(row[name]) for name in numbers_shown), escape(row["site"]), row["dtype"], shape, numbers
+        )
     _console().print(table)
 
 
@@ -323,6 +354,10 @@ def demo(
     run_demo(options, _console())
 
 
+def _one_or_all(files: Sequence[Path]) -> Path | Sequence[Path]:
+    return files[0] if len(files) == 1 else files
+
+
 def _choose(names: Sequence[str], globs: Sequence[str]) -> list[str]:
     chosen = [name for name in names if any(fnmatch.fnmatchcase(name, glob) for glob in globs)]
     if not chosen:
@@ -334,11 +369,11 @@ def _choose(names: Sequence[str], globs: Sequence[str]) -> list[str]:
 
 
 def _first_records(stream: ActivationStream, sites: Sequence[str]) -> Iterator[Record]:
-    """Records by step, then site, then call, found through the index one by one."""
+    """Records by step, then site, rank and call, found through the index one by one."""
     for step in range(stream.num_steps):
-        for site in sites:
+        for site, rank in itertools.product(sites, stream.ranks):
             for call in itertools.count():
-                record = stream.find(site, step, call)
+                record = stream.find(site, step, call, rank=rank)
                 if record is None:
                     break
                 yield record
@@ -349,6 +384,7 @@ def _head_row(record: Record, num_values: int) -> dict[str, Any]:
     return {
         "step": record.step,
         "call": record.call,
+        "rank": record.rank,
         "site": record.site,
         "dtype": str(record.dtype).removeprefix("torch."),
         "shape": list(record.shape),

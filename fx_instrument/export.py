@@ -52,13 +52,15 @@ def export_stream(
     Values keep every bit: safetensors holds them in the captured dtype; the others, which lack bfloat16 and float8,
     hold those as float32, and ``dtype`` says what to cast back to.
 
-    - safetensors, npz: one array a record, named ``SITE/STEP/CALL``; inputs as ``inputs/STEP/NAME``; sampled
-      positions as ``positions/NUMEL``; everything else in the safetensors metadata, in npz under ``__metadata__``.
+    - safetensors, npz: one array a record, named ``SITE/STEP/CALL``; inputs as ``inputs/STEP/NAME``; of a stream
+      of several ranks each behind ``rankN/``; sampled positions as ``positions/NUMEL``; everything else in the
+      safetensors metadata, in npz under ``__metadata__``.
       Above ``shard_bytes`` safetensors becomes several files and an index, named as Hugging Face names them.
-    - parquet, arrow (an IPC stream): one row a token, with site, role, step, call, row, token_id, dtype, shape,
-      full_shape and the vector ``values``; a sampled record is one row. For ``datasets.load_dataset("parquet", ...)``
-      and ``datasets.Dataset.from_file``.
-    - zarr: a group of groups, ``SITE/STEP.CALL``, with step, call, dtype and full_shape as attributes.
+    - parquet, arrow (an IPC stream): one row a token, with site, role, rank, step, call, row, token_id, dtype,
+      shape, full_shape and the vector ``values``; a sampled record is one row. For
+      ``datasets.load_dataset("parquet", ...)`` and ``datasets.Dataset.from_file``.
+    - zarr: a group of groups, ``SITE/STEP.CALL``, of several ranks behind ``rankN/``, with step, call, rank, dtype
+      and full_shape as attributes.
 
     Args:
         stream: an open stream.
@@ -71,7 +73,7 @@ def export_stream(
 
     Raises:
         ValueError: unknown format or site, values that have no common exact type (Parquet, Arrow), complex values
-            where the format has none.
+            where the format has none, files that were sampled in different ways.
         FileExistsError: ``output`` exists, and ``overwrite`` is False.
         MissingPackageError: the format's library is not installed.
     """
@@ -117,6 +119,7 @@ class _Selection:
         everything = len(self.sites) == len(stream.sites)
         self.num_records = len(stream) if everything else sum(len(stream[site.name]) for site in self.sites)
         self._progress = progress
+        self._positions: dict[str, torch.Tensor] = {}
 
     def __iter__(self) -> Iterator[Record]:
         """In the order of the file, which is read once."""
@@ -130,19 +133,36 @@ class _Selection:
                     self._progress(done, self.num_records)
 
     def inputs(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for step in range(self.stream.num_steps):
-            for name, tensor in self.stream.inputs(step).items():
-                yield f"inputs/{step}/{name}", tensor
+        """Every recorded input, with the name of its array."""
+        for rank in self.stream.ranks:
+            for step in range(self.stream.num_steps):
+                for name, tensor in self.stream.inputs(step, rank=rank).items():
+                    yield f"{self._of_rank(rank)}inputs/{step}/{name}", tensor
+
+    def array_name(self, record: Record, separator: str = "/") -> str:
+        """Name of a record's array."""
+        return f"{self._of_rank(record.rank)}{record.site}/{record.step}{separator}{record.call}"
+
+    def _of_rank(self, rank: int) -> str:
+        return f"rank{rank}/" if len(self.stream.ranks) > 1 else ""
+
+    def new_positions(self, record: Record) -> tuple[str, torch.Tensor] | None:
+        """Name and positions of a sampled record, where no record had those before."""
+        positions = record.positions()
+        name = f"positions/{math.prod(record.full_shape)}"
+        if positions is None:
+            return None
+        known = self._positions.setdefault(name, positions)
+        if known is positions:
+            return name, positions
+        if not torch.equal(known, positions):
+            raise ValueError("the files were sampled at different places; export them one by one")
+        return None
 
     def description(self) -> str:
         """Everything that the arrays themselves don't say, as JSON."""
         sites = [{"name": site.name, "role": site.role} for site in self.sites]
         return json.dumps({"stream": describe(self.stream), "sites": sites})
-
-
-def array_name(record: Record) -> str:
-    """Name of a record's array in safetensors and npz files."""
-    return f"{record.site}/{record.step}/{record.call}"
 
 
 def _to_safetensors(selection: _Selection, path: Path, shard_bytes: int) -> list[Path]:
@@ -170,15 +190,11 @@ def _to_safetensors(selection: _Selection, path: Path, shard_bytes: int) -> list
         held.clear()
         num_bytes = 0
 
-    positions_of: set[int] = set()
     try:
         for record in selection:
-            put(array_name(record), record.tensor())
-            positions = record.positions()
-            numel = math.prod(record.full_shape)
-            if positions is not None and numel not in positions_of:
-                positions_of.add(numel)
-                put(f"positions/{numel}", positions)
+            put(selection.array_name(record), record.tensor())
+            if (positions := selection.new_positions(record)) is not None:
+                put(*positions)
         for name, tensor in selection.inputs():
             put(name, tensor)
         if held or not shards:
@@ -215,18 +231,14 @@ def _to_npz(selection: _Selection, path: Path) -> None:
 
         dtypes = {}
         full_shapes = {}
-        positions_of: set[int] = set()
         for record in selection:
-            name = array_name(record)
+            name = selection.array_name(record)
             put(name, record.numpy())
             dtypes[name] = str(record.dtype).removeprefix("torch.")
-            positions = record.positions()
-            if positions is not None:
+            if record.is_sampled:
                 full_shapes[name] = list(record.full_shape)
-                numel = math.prod(record.full_shape)
-                if numel not in positions_of:
-                    positions_of.add(numel)
-                    put(f"positions/{numel}", positions.numpy())
+            if (positions := selection.new_positions(record)) is not None:
+                put(positions[0], positions[1].numpy())
         for name, tensor in selection.inputs():
             put(name, tensor.numpy())
         description = json.loads(selection.description())
@@ -242,21 +254,18 @@ def _to_zarr(selection: _Selection, path: Path) -> None:
     root.attrs["fx_instrument"] = json.loads(selection.description())
     for record in selection:
         values = record.numpy()
-        array = root.create_array(
-            f"{record.site}/{record.step}.{record.call}", shape=values.shape, dtype=values.dtype
-        )
+        array = root.create_array(selection.array_name(record, "."), shape=values.shape, dtype=values.dtype)
         if values.size:
             array[...] = values
         array.attrs.update(
             step=record.step,
             call=record.call,
+            rank=record.rank,
             dtype=str(record.dtype).removeprefix("torch."),
             full_shape=list(record.full_shape),
         )
-        positions = record.positions()
-        name = f"positions/{math.prod(record.full_shape)}"
-        if positions is not None and name not in root:
-            root.create_array(name, data=positions.numpy())
+        if (positions := selection.new_positions(record)) is not None:
+            root.create_array(positions[0], data=positions[1].numpy())
     for name, tensor in selection.inputs():
         root.create_array(name, data=tensor.numpy())
 
@@ -267,6 +276,7 @@ def _to_arrow(selection: _Selection, path: Path, *, as_parquet: bool) -> None:
     fields = {
         "site": arrow.string(),
         "role": arrow.string(),
+        "rank": arrow.int64(),
         "step": arrow.int64(),
         "call": arrow.int64(),
         "row": arrow.int64(),
@@ -316,6 +326,7 @@ def _to_arrow(selection: _Selection, path: Path, *, as_parquet: bool) -> None:
                 n = min(rows_a_batch, num_rows - start)
                 columns["site"] += [record.site] * n
                 columns["role"] += [roles[record.site]] * n
+                columns["rank"] += [record.rank] * n
                 columns["step"] += [record.step] * n
                 columns["call"] += [record.call] * n
                 columns["row"] += range(start, start + n)

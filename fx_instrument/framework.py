@@ -15,6 +15,7 @@ import torch
 import zstandard
 from torch import nn
 
+from .activations import StreamSource
 from .analysis import analyze_activations
 from .capture_block import Capture
 from .config import HookGranularity, InstrumentationConfig
@@ -176,8 +177,8 @@ class InstrumentationFramework:
             raise ValueError(f"on_full must be 'stall' or 'drop', got {on_full!r}")
         return Capture(self, output_path, mode=mode, on_full=on_full, progress=progress)
 
-    def analyze_activations(self, data_path: Path) -> dict[str, Any]:
-        """What the stream file holds and what its values look like; see ``fx_instrument.analyze_activations``."""
+    def analyze_activations(self, data_path: StreamSource) -> dict[str, Any]:
+        """What stream files hold and what their values look like; see ``fx_instrument.analyze_activations``."""
         return analyze_activations(data_path)
 
     def _make_backend(

@@ -83,7 +83,17 @@ def _copy(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     metadata = {name: value for name, value in reader.metadata.items() if name != "summary"}
-    writer = StreamWriter(target, metadata=metadata, codec=reader.codec, mode="x")
+    prolog = reader.segments[0].prolog
+    # Of when it was captured, not of when it was repaired: files of a rank are read in that order.
+    writer = StreamWriter(
+        target,
+        metadata=metadata,
+        codec=reader.codec,
+        mode="x",
+        rank=prolog.rank,
+        world=prolog.world,
+        created_ns=prolog.created_ns,
+    )
     try:
         ids = {site.id: writer.add_site(site.name, site.role) for site in reader.sites}
         is_input = {site.id: site.role == "input" for site in reader.sites}

@@ -58,6 +58,7 @@ def info_table(found: Mapping[str, Any], sites: Sequence[Mapping[str, str]], inp
     )
     rows = {
         "file": f"{found['file']}  ({_bytes(found['stored_bytes'])})",
+        "parts": _parts(found["parts"]),
         "model": " ".join(
             str(model[key]) for key in ("class", "name_or_path", "dtype", "device") if model.get(key)
         ),
@@ -84,6 +85,15 @@ def info_table(found: Mapping[str, Any], sites: Sequence[Mapping[str, str]], inp
         if value is not None:
             table.add_row(f"[bold]{name}[/]", escape(str(value)))
     return table
+
+
+def _parts(parts: Sequence[dict[str, Any]]) -> str | None:
+    """How many files, ranks; None of a single one."""
+    if len(parts) == 1:
+        return None
+    ranks = sorted({part["rank"] for part in parts})
+    shown = ", ".join(map(str, ranks[:8])) + (" ..." if len(ranks) > 8 else "")
+    return f"{len(parts)}, of rank{'s' if len(ranks) > 1 else ''} {shown}"
 
 
 def _damage(damage: Sequence[dict[str, Any]]) -> str | None:

@@ -21,7 +21,7 @@ class TokenRows:
     def __init__(self, stream: ActivationStream) -> None:
         self._stream = stream
         self._names = frozenset(stream.input_names)
-        self._cache: OrderedDict[int, dict[str, npt.NDArray[Any]]] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int], dict[str, npt.NDArray[Any]]] = OrderedDict()
         self._cached_bytes = 0
 
     def kept(self, record: Record) -> npt.NDArray[np.bool_] | None:
@@ -33,7 +33,7 @@ class TokenRows:
         ids_name, mask_name = self._names_for(record)
         if mask_name not in self._names or len(record.full_shape) < 2:
             return None
-        inputs = self._inputs(record.step)
+        inputs = self._inputs(record)
         mask, ids = inputs.get(mask_name), inputs.get(ids_name)
         if mask is None or mask.ndim != 2:
             return None
@@ -58,7 +58,7 @@ class TokenRows:
         ids_name, _ = self._names_for(record)
         if ids_name not in self._names or len(record.full_shape) < 2:
             return None
-        ids = self._inputs(record.step).get(ids_name)
+        ids = self._inputs(record).get(ids_name)
         if ids is None or ids.ndim != 2 or _tokens_a_sequence(record, ids.shape[0], ids) is None:
             return None
         return ids.reshape(-1).astype(np.int64)
@@ -68,18 +68,19 @@ class TokenRows:
             return "decoder_input_ids", "decoder_attention_mask"
         return "input_ids", "attention_mask"
 
-    def _inputs(self, step: int) -> dict[str, npt.NDArray[Any]]:
-        cached = self._cache.get(step)
+    def _inputs(self, record: Record) -> dict[str, npt.NDArray[Any]]:
+        key = (record.rank, record.step)
+        cached = self._cache.get(key)
         if cached is not None:
-            self._cache.move_to_end(step)
+            self._cache.move_to_end(key)
             return cached
         inputs: dict[str, npt.NDArray[Any]] = {}
-        for name, values in self._stream.inputs(step).items():
+        for name, values in self._stream.inputs(record.step, rank=record.rank).items():
             array = values.numpy()
             # A byte an element is enough of an integer mask; boolean ones stay boolean.
             is_wide_mask = name.endswith("mask") and array.dtype != np.bool_
             inputs[name] = (array != 0).view(np.uint8) if is_wide_mask else array
-        self._cache[step] = inputs
+        self._cache[key] = inputs
         self._cached_bytes += sum(values.nbytes for values in inputs.values())
         while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
             _, evicted = self._cache.popitem(last=False)

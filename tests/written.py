@@ -26,11 +26,12 @@ def write_stream(
     sampling: HookConfig | None = None,
     finish: bool = True,
     summary: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Path:
     """A stream with one entry of ``steps`` a step: site -> its value, or the values of its calls.
 
     Inputs go first within a step. ``sampling`` stores only the elements at its positions. ``finish=False`` cuts
-    the last byte off, so that the file has no index.
+    the last byte off, so that the file has no index. ``options`` are the writer's.
     """
     config = InstrumentationConfig(hook_config=sampling or HookConfig())
     metadata = {
@@ -39,7 +40,7 @@ def write_stream(
         "backend": "aot_eager",
         "versions": {"torch": torch.__version__},
     }
-    writer = StreamWriter(path, metadata=metadata, codec=codec)
+    writer = StreamWriter(path, metadata=metadata, codec=codec, **options)
     steps, inputs = list(steps), list(inputs)
     for step in range(max(len(steps), len(inputs))):
         for name, tensor in inputs[step].items() if step < len(inputs) else ():

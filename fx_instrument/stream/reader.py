@@ -1,26 +1,24 @@
-"""Records from a stream file, by site and step or front to back; the file is mapped and never changed."""
+"""Records from stream files, by site and step or front to back; the files are mapped and never changed."""
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import CorruptStreamError, StreamError, TruncatedStreamError
+from ..errors import CorruptStreamError, StreamError
 from .buffers import BufferPool
 from .codec import decode_page, page_in_place
-from .records import Damage, SiteEntry, record_bytes
-from .recovery import recover_segments
-from .segments import Block, load_block, open_segments
+from .mapped import AnyPath, map_files, place_segments
+from .records import Damage, SiteEntry, StreamPart, record_bytes
+from .segments import Block, load_block
 
 U8 = npt.NDArray[np.uint8]
 _V = TypeVar("_V")
@@ -41,8 +39,10 @@ class RecordRef:
     dtype: str
     shape: tuple[int, ...]
     full_shape: tuple[int, ...] | None
+    rank: int
+    """Which process captured it."""
     segment: int
-    """Which of the concatenated segments it is of, from 0."""
+    """Which of the reader's segments it is of, from 0."""
     _parts: tuple[tuple[int, int], ...]
     """(block of the segment, row of its directory), in the order of the bytes."""
 
@@ -75,9 +75,9 @@ class _Cache(OrderedDict[tuple[int, int], _V]):
 
 
 class SiteRecords(Sequence[RecordRef]):
-    """The records of one site, ascending by step and call; refs are made when looked at.
+    """The records of one site, ascending by step, rank and call; refs are made when looked at.
 
-    Holds 40 bytes a part of a record.
+    Holds 44 bytes a part of a record.
     """
 
     def __init__(self, reader: StreamReader, site_id: int, parts: npt.NDArray[np.void]) -> None:
@@ -113,6 +113,7 @@ _PART = np.dtype(
         ("step", "<u8"),
         ("part_offset", "<u8"),
         ("call", "<u4"),
+        ("rank", "<u4"),
         ("segment", "<u4"),
         ("block", "<u4"),
         ("row", "<u4"),
@@ -122,53 +123,68 @@ _PART = np.dtype(
 
 
 class StreamReader:
-    """A stream file, mapped; also a context manager. Safe to use from several threads.
+    """Stream files, mapped and read as one; also a context manager. Safe to use from several threads.
+
+    Args:
+        path: a file, or several: their segments are read as ``place_segments`` orders and numbers them. Records say
+            their rank, and steps go on from one file of a rank to its next.
+        recover: walk all of it and verify every checksum at once (about 0.3 s a GB); ``damage`` says what was
+            skipped, and what is left reads without errors. Otherwise ``read`` and ``scan`` verify what they touch
+            and raise CorruptStreamError, and ``damage`` holds what was lost before a file was resumed.
 
     Raises:
         FileNotFoundError: there is no such file.
-        NotAStreamError: the file does not begin as a stream does.
-        TruncatedStreamError: the file ends before its index; ``recover=True`` reads what is whole.
+        NotAStreamError: a file does not begin as a stream does.
+        TruncatedStreamError: a file ends before its index; ``recover=True`` reads what is whole.
         CorruptStreamError: prolog or index contradict their checksums; ``recover=True`` reads what is whole.
-        UnsupportedStreamError: the file is of a later format.
-
-    With ``recover=True`` the whole file is walked and every checksum verified at once (about 0.3 s a GB);
-    ``damage`` says what was skipped, and what is left reads without errors. Otherwise ``read`` and ``scan`` verify
-    what they touch and raise CorruptStreamError, and ``damage`` holds what was lost before the file was resumed.
+        UnsupportedStreamError: a file is of a later format.
     """
 
-    def __init__(self, path: os.PathLike[str] | str, *, recover: bool = False) -> None:
-        self.path = os.fspath(path)
+    def __init__(self, path: AnyPath | Sequence[AnyPath], *, recover: bool = False) -> None:
+        paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+        self.path = os.fspath(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
         self.recovered = recover
-        self.damage: list[Damage] = []
-        with Path(self.path).open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if not size:
-                raise TruncatedStreamError(f"{self.path} is empty: not even a prolog was written")
-            self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        self._data = memoryview(self._map)
+        self._files, unreadable = map_files(paths, recover=recover)
         try:
-            if recover:
-                recovery = recover_segments(self._data)
-                self.segments, self.damage = recovery.segments, recovery.damage
-            else:
-                self.segments = open_segments(self._data)
-                self.damage = [lost for segment in self.segments for lost in segment.damage]
-        except StreamError as error:
+            self._placed = place_segments(self._files)
+        except StreamError:
             self.close()
-            raise type(error)(f"{self.path}: {error}") from None
+            raise
+        self.damage: list[Damage] = [lost for file in self._files for lost in file.damage] + unreadable
+        self.segments = [placed.segment for placed in self._placed]
         self._blocks: _Cache[Block] = _Cache(_CACHED_BLOCKS)
         self._pages: _Cache[U8] = _Cache(_CACHED_PAGES)
         self._pool = BufferPool()
         self._set_sites()
-        first = self.segments[0]
-        self.metadata: dict[str, Any] = dict(first.prolog.metadata)
-        self.metadata["summary"] = self.segments[-1].summary
-        self.codec = first.prolog.codec
-        self.version = first.prolog.version
-        self.num_steps = max(segment.num_steps for segment in self.segments)
+        self.metadata: dict[str, Any] = {
+            **self.segments[0].prolog.metadata,
+            "summary": self.segments[-1].summary,
+        }
+        self.codec = ", ".join(dict.fromkeys(segment.prolog.codec for segment in self.segments))
+        self.version = max(segment.prolog.version for segment in self.segments)
+        self.ranks = tuple(sorted({placed.rank for placed in self._placed}))
+        self.num_steps = max(placed.first_step + placed.segment.num_steps for placed in self._placed)
         self.num_records = sum(segment.num_records for segment in self.segments)
         self.raw_bytes = sum(segment.raw_bytes for segment in self.segments)
-        self.stored_bytes = size
+        self.stored_bytes = sum(len(file.data) for file in self._files)
+
+    @property
+    def parts(self) -> tuple[StreamPart, ...]:
+        """What each writer wrote, in the order it is read."""
+        return tuple(
+            StreamPart(
+                placed.file.path,
+                placed.rank,
+                placed.segment.prolog.world,
+                placed.first_step,
+                placed.segment.num_steps,
+                placed.segment.num_records,
+                placed.segment.prolog.created_ns,
+                {**placed.segment.prolog.metadata, "summary": placed.segment.summary},
+                (*placed.segment.earlier_summaries, *filter(None, [placed.segment.summary])),
+            )
+            for placed in self._placed
+        )
 
     def _set_sites(self) -> None:
         """One site table for all segments: the same name and role is the same site."""
@@ -190,26 +206,20 @@ class StreamReader:
         self.close()
 
     def close(self) -> None:
-        """Unmap the file, or let go of it where arrays from ``read`` still look into it."""
-        try:
-            self._data.release()
-            self._map.close()
-        except BufferError:
-            # Zero-copy arrays hold the map; it goes with the last of them.
-            return
+        """Unmap the files, or let go of them where arrays from ``read`` still look into them."""
+        for file in self._files:
+            file.close()
 
     # -- where records are ---------------------------------------------------------------------------------
-
-    def _error(self, error: StreamError) -> StreamError:
-        return type(error)(f"{self.path}: {error}")
 
     def _block(self, segment: int, number: int) -> Block:
         block = self._blocks.lookup((segment, number))
         if block is None:
+            placed = self._placed[segment]
             try:
-                block = load_block(self._data, self.segments[segment], number)
+                block = load_block(placed.file.data, placed.segment, number)
             except StreamError as error:
-                raise self._error(error) from None
+                raise placed.file.error(error) from None
             self._blocks.keep((segment, number), block)
         return block
 
@@ -225,82 +235,95 @@ class StreamReader:
     def _decode(self, segment: int, number: int, *, in_place: bool, new: Callable[[int], U8]) -> U8:
         """A page, its checksum verified: a view on the map if it may be, else in new memory."""
         block = self._block(segment, number)
+        file = self._placed[segment].file
         try:
-            payload = block.payload(self._data)
+            payload = block.payload(file.data)
             page = page_in_place(block.header, payload) if in_place else None
             return decode_page(block.header, payload, new(block.header.raw_bytes)) if page is None else page
         except StreamError as error:
-            raise self._error(error) from None
+            raise file.error(error) from None
 
     def _ref(self, segment: int, site_id: int, places: tuple[tuple[int, int], ...]) -> RecordRef:
         number, position = places[0]
         block = self._block(segment, number)
         step, _, _, call, shape_id, _ = block.directory.rows[position].item()
         shape, full_shape = block.directory.shapes[shape_id]
+        placed = self._placed[segment]
         return RecordRef(
             site_id,
-            step,
+            step + placed.first_step,
             call,
             block.header.dtype_name,
             shape,
             full_shape,
+            placed.rank,
             segment,
             places,
         )
 
-    def _parts(self, site_id: int, step: int | None = None, call: int | None = None) -> npt.NDArray[np.void]:
+    def _parts(
+        self, site_id: int, step: int | None = None, call: int | None = None, rank: int | None = None
+    ) -> npt.NDArray[np.void]:
         """All parts of a site's records, sorted, ``first`` set where a record begins."""
         found = []
-        for number, segment in enumerate(self.segments):
+        for number, placed in enumerate(self._placed):
+            segment = placed.segment
             local = self._local_ids[number].get(site_id)
-            if local is None:
+            if local is None or (rank is not None and rank != placed.rank):
                 continue
             blocks = segment.blocks_of_site.get(local, np.empty(0, np.int64))
             if step is not None:
-                hit = (segment.min_steps[blocks] <= step) & (step <= segment.max_steps[blocks])
+                own_step = step - placed.first_step
+                if not 0 <= own_step < segment.num_steps:
+                    continue
+                hit = (segment.min_steps[blocks] <= own_step) & (own_step <= segment.max_steps[blocks])
                 blocks = blocks[hit]
             for block in map(int, blocks):
                 rows = self._block(number, block).directory.rows
                 mask = rows["site"] == local
                 if step is not None:
-                    mask &= rows["step"] == step
+                    mask &= rows["step"] == own_step
                 if call is not None:
                     mask &= rows["call"] == call
                 places = np.flatnonzero(mask)
                 parts = np.zeros(len(places), _PART)
                 for name in ("step", "part_offset", "call"):
                     parts[name] = rows[name][places]
-                parts["segment"], parts["block"], parts["row"] = number, block, places
+                parts["step"] += np.uint64(placed.first_step)
+                parts["rank"], parts["segment"] = placed.rank, number
+                parts["block"], parts["row"] = block, places
                 found.append(parts)
         if not found:
             return np.empty(0, _PART)
         joined = np.concatenate(found)
-        joined = joined[
-            np.lexsort((joined["part_offset"], joined["segment"], joined["call"], joined["step"]))
-        ]
+        order = ("part_offset", "segment", "call", "rank", "step")
+        joined = joined[np.lexsort([joined[name] for name in order])]
         joined["first"] = 1
         same = np.ones(max(0, len(joined) - 1), bool)
         for name in ("step", "call", "segment"):
             same &= joined[name][1:] == joined[name][:-1]
         joined["first"][1:][same & (joined["part_offset"][1:] != 0)] = 0
-        for number, segment in enumerate(self.segments):
-            for site, lost_step, lost_call in segment.incomplete:
+        for number, placed in enumerate(self._placed):
+            for site, lost_step, lost_call in placed.segment.incomplete:
                 if self._global_ids[number].get(site) == site_id:
-                    lost = (joined["step"] == lost_step) & (joined["call"] == lost_call)
+                    lost = (joined["step"] == lost_step + placed.first_step) & (joined["call"] == lost_call)
                     joined = joined[~(lost & (joined["segment"] == number))]
         return joined
 
     def refs(self, site_id: int) -> SiteRecords:
-        """The records of a site, ascending by step and call (then by segment); empty for an unknown site."""
+        """The records of a site, ascending by step, rank and call; empty for an unknown site."""
         return SiteRecords(self, site_id, self._parts(site_id))
 
-    def find(self, site_id: int, step: int, call: int = 0) -> RecordRef | None:
-        """The record of a site, step and call (of the first segment that has it), or None."""
-        if step < 0 or call < 0:
-            return None
-        parts = self._parts(site_id, step, call)
-        records = SiteRecords(self, site_id, parts)
+    def find(self, site_id: int, step: int, call: int = 0, rank: int | None = None) -> RecordRef | None:
+        """The record of a site, step and call (of the lowest rank that has it, if none is given), or None."""
+        records = self.find_all(site_id, step, call, rank)
         return records[0] if len(records) else None
+
+    def find_all(self, site_id: int, step: int, call: int = 0, rank: int | None = None) -> SiteRecords:
+        """The records of a site, step and call: one a rank that has it."""
+        if step < 0 or call < 0:
+            return SiteRecords(self, site_id, np.empty(0, _PART))
+        return SiteRecords(self, site_id, self._parts(site_id, step, call, rank))
 
     # -- what is in them -----------------------------------------------------------------------------------
 
@@ -317,7 +340,7 @@ class StreamReader:
         number, row = ref._parts[0]
         block = self._block(ref.segment, number)
         if int(block.directory.sizes[row]) != ref.num_bytes or int(block.directory.rows["part_offset"][row]):
-            raise CorruptStreamError(f"{self.path}: parts of {ref} are missing")
+            raise CorruptStreamError(f"{self._placed[ref.segment].file.path}: parts of {ref} are missing")
         if ref.num_bytes == block.header.raw_bytes and self._pages.lookup((ref.segment, number)) is None:
             return self._decode(ref.segment, number, in_place=True, new=_new_array)
         page = self._page(ref.segment, number)
@@ -349,18 +372,19 @@ class StreamReader:
         return record
 
     def scan(self) -> Iterator[tuple[RecordRef, U8]]:
-        """Every record with its bytes, front to back as they lie in the file, inputs among them.
+        """Every record with its bytes, front to back as they lie in each file, inputs among them.
 
         One page is in memory at a time, and the arrays are views on it: copy what is to be kept. Records that lie in
         several blocks come when their last part does.
         """
-        passed = 0
-        for number, segment in enumerate(self.segments):
+        for number, placed in enumerate(self._placed):
+            segment, file = placed.segment, placed.file
+            passed = segment.offset
             pending: dict[tuple[int, int, int], list[tuple[int, int, tuple[int, int]]]] = {}
             for position in range(len(segment.block_offsets)):
                 block = self._block(number, position)
                 if block.offset - passed >= _FORGET_BYTES:
-                    self._forget(passed, block.offset)
+                    file.forget(passed, block.offset)
                     passed = block.offset
                 directory = block.directory
                 dues = [record_bytes(block.header.dtype_name, shape) for shape, _ in directory.shapes]
@@ -369,7 +393,7 @@ class StreamReader:
                     site_id = self._global_ids[number].get(local)
                     if site_id is None:
                         raise CorruptStreamError(
-                            f"{self.path}: a record is of site {local}, which no table names"
+                            f"{file.path}: a record is of site {local}, which no table names"
                         )
                     key = (local, step, call)
                     if segment.incomplete and key in segment.incomplete:
@@ -387,19 +411,9 @@ class StreamReader:
                     whole = self._ref(number, site_id, tuple(place for _, _, place in sorted(parts)))
                     yield whole, self._read_parts(whole, self._pool.take)
             if pending:
-                raise CorruptStreamError(f"{self.path}: {len(pending)} records lack a part")
-
-    def _forget(self, start: int, end: int) -> None:
-        """Let the kernel take back the mapped pages of ``[start, end)``; looked at again, they come from the file."""
-        start -= start % mmap.PAGESIZE
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
+                raise CorruptStreamError(f"{file.path}: {len(pending)} records lack a part")
+            file.forget(passed, segment.offset + segment.length)
 
     def verify(self) -> list[Damage]:
-        """Verify every checksum of the file, and the index against the blocks; empty if all is well."""
-        recovery = recover_segments(self._data)
-        damage = list(recovery.damage)
-        for segment, walked in zip(self.segments, recovery.segments, strict=False):
-            if not damage and not np.array_equal(segment.block_offsets, walked.block_offsets):
-                damage.append(Damage(segment.offset, segment.length, "the index lists other blocks"))
-        return damage
+        """Verify every checksum of the files, and each index against its blocks; empty if all is well."""
+        return [lost for file in self._files for lost in file.verify()]

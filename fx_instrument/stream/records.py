@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 DTYPES: dict[str, tuple[int, int]] = {
     "bool": (1, 1),
@@ -61,6 +62,28 @@ class Damage:
     offset: int
     num_bytes: int
     reason: str
+    file: str = ""
+    """Path of the file, where a reader knows it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPart:
+    """What one writer wrote, among all that are read as one: a file, or a part of a file that was joined."""
+
+    path: str
+    rank: int
+    """Which process of ``world`` wrote it."""
+    world: int
+    first_step: int
+    """Its own step 0 is this step of the whole stream."""
+    num_steps: int
+    num_records: int
+    created_ns: int
+    """Nanoseconds since 1970."""
+    metadata: dict[str, Any]
+    """As ``ActivationStream.metadata``, of this part."""
+    summaries: tuple[dict[str, Any], ...]
+    """What each capture into this part says of itself at its end; several if it was gone on with."""
 
 
 def element_bytes(dtype: str) -> int:

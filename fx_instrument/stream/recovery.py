@@ -70,12 +70,14 @@ class _Walk:
     summary: dict[str, Any] = field(default_factory=dict)
     earlier_summaries: list[dict[str, Any]] = field(default_factory=list)
     num_steps: int = 0
+    first_block_ns: int = 0
     whole: bool = False
 
     def add_block(self, block: Block) -> None:
         header, directory = block.header, block.directory
         number = len(self.blocks)
         self.codec = header.codec
+        self.first_block_ns = self.first_block_ns or header.time_ns
         rows = directory.rows
         if not len(rows):
             return
@@ -106,8 +108,12 @@ class _Walk:
             self.sites.setdefault(site, SiteEntry(site, f"unknown-{site}", "other"))
         inputs = frozenset(site.id for site in self.sites.values() if site.role == "input")
         blocks = np.array(self.blocks, np.uint64).reshape(-1, 3)
+        # Of a lost prolog the blocks say the codec, and about when it was.
         prolog = self.prolog or Prolog(
-            CODEC_NAMES.get(self.codec, "none"), self.segment_id.ljust(16, b"\0"), {}
+            CODEC_NAMES.get(self.codec, "none"),
+            self.segment_id.ljust(16, b"\0"),
+            {},
+            created_ns=self.first_block_ns,
         )
         return Segment(
             offset=self.offset,

@@ -41,7 +41,8 @@ class StreamWriter:
     lays it out by site, compresses it and appends it when its turn comes. A failure of any thread is kept in
     ``failure`` and raised by ``close``. ``memory_bytes`` bounds what workers hold beside the records; the attribute
     of that name says what they hold at most (never less than 2.1 MiB). ``target_bytes_per_s`` is the raw rate to
-    hold: pages are compressed less where the best would not keep it; ``tiers`` says what was done.
+    hold: pages are compressed less where the best would not keep it; ``tiers`` says what was done. ``rank`` of
+    ``world`` processes writes this file; ``created_ns`` (since 1970; None: now) orders the files of one rank.
 
     Raises on construction: ValueError for a codec or mode that does not exist; TypeError for metadata that is no
     JSON; OSError as ``open`` does; as ``resume_file`` does in mode "a".
@@ -61,6 +62,7 @@ class StreamWriter:
         max_relative_error: float | None = None,
         rank: int = 0,
         world: int = 1,
+        created_ns: int | None = None,
     ) -> None:
         if codec not in CODEC_CODES:
             raise ValueError(f"codec must be one of {', '.join(CODEC_CODES)}, got {codec!r}")
@@ -80,7 +82,8 @@ class StreamWriter:
         self.stored_bytes = 0
         self.raw_bytes = 0
         self.num_records = 0
-        self._prolog = Prolog(codec, uuid.uuid4().bytes, dict(metadata), rank, world, time.time_ns())
+        created_ns = time.time_ns() if created_ns is None else created_ns
+        self._prolog = Prolog(codec, uuid.uuid4().bytes, dict(metadata), rank, world, created_ns)
         beginning = [empty_frame(codec), self._prolog.write()]
         self._segment_id = self._prolog.uuid[:SEGMENT_ID_BYTES]
         self._sites: list[SiteEntry] = []
