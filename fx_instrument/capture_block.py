@@ -14,8 +14,9 @@ from .capture.session import Session
 from .config import HookGranularity, InstrumentationConfig
 from .errors import BufferTooSmallError, CaptureActiveError, CaptureFailedError, TruncatedStreamError
 from .graph.attach import Attachment
+from .stream.memory import MIN_MEMORY_BYTES
 from .stream.records import RecordMeta
-from .stream.writer import MIN_MEMORY_BYTES, StreamWriter
+from .stream.writer import StreamWriter
 
 log = logging.getLogger(__name__)
 

@@ -8,29 +8,23 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ..errors import CaptureFailedError
-from .blocks import MAX_PAGE_BYTES, MAX_ROWS, BlockHeader
+from .blocks import MAX_ROWS, BlockHeader, Shape
 from .codec import PageEncoder, empty_frame, encode_directory
-from .files import open_file, sync, write_all
+from .files import open_file, start_writeback, sync, write_all
 from .frames import ALIGNMENT, CODEC_CODES, SEGMENT_ID_BYTES, Prolog, write_sites
 from .index import IndexRow, write_index
-from .pages import U8, Countdown, Page, Row
+from .memory import DEFAULT_MEMORY_BYTES, plan_memory
+from .pages import U8, Arranged, Countdown, Pack, PackLayout, Page
 from .payload import LEAD_BYTES, EncodedPage
 from .records import DTYPES, RecordMeta, SiteEntry, record_bytes
 from .resume import Resumed, resume_file
 from .tiers import TIERS_OF_CODEC, Choices, TierControl
-
-DEFAULT_MEMORY_BYTES = 64 << 20
-MIN_PAGE_BYTES = 16 << 10
-_WORKER_FIXED_BYTES = 2 << 20
-"""Of a worker: its two zstd contexts (1 MiB), the pieces that stay in L2 (512 KiB), a directory."""
-_WORKER_PAGES = 4
-"""What a worker holds at most in pages: gathered, planes, compressed planes and the room zstd asks for."""
-MIN_MEMORY_BYTES = _WORKER_PAGES * MIN_PAGE_BYTES + _WORKER_FIXED_BYTES
-"""The least that a writer works with: one worker, the smallest pages."""
 
 
 class StreamWriter:
@@ -68,13 +62,14 @@ class StreamWriter:
             raise ValueError(f"codec must be one of {', '.join(CODEC_CODES)}, got {codec!r}")
         if mode not in ("w", "x", "a"):
             raise ValueError(f"mode must be 'w', 'x' or 'a', got {mode!r}")
-        num_workers, page_bytes = _fit_memory(memory_bytes, num_workers, page_bytes)
+        plan = plan_memory(memory_bytes, num_workers, page_bytes)
         self.codec = codec
-        self.page_bytes = page_bytes
-        self.num_workers = num_workers
-        self.memory_bytes = num_workers * (_WORKER_PAGES * page_bytes + _WORKER_FIXED_BYTES)
+        self.page_bytes = plan.page_bytes
+        self.num_workers = plan.num_workers
+        self.memory_bytes = plan.total_bytes
+        self._last_help = plan.last_help
         self.tiers = TierControl(
-            TIERS_OF_CODEC[codec], target_bytes_per_s=target_bytes_per_s, num_workers=num_workers
+            TIERS_OF_CODEC[codec], target_bytes_per_s=target_bytes_per_s, num_workers=plan.num_workers
         )
         self.max_relative_error = max_relative_error
         self.first_step = 0
@@ -91,6 +86,7 @@ class StreamWriter:
         self._inputs: set[int] = set()
         self._sites_written = 0
         self._blocks: list[IndexRow] = []
+        self._site_sets: dict[frozenset[int], frozenset[int]] = {}
         self._max_step = -1
         self._sizes: dict[tuple[str, tuple[int, ...]], int] = {}
         self._open: dict[str, Page] = {}
@@ -105,21 +101,25 @@ class StreamWriter:
         self._segment_offset = 0
         self._resumed: Resumed | None = None
         self._fd: int | None = None
+        self._replaced_fd: int | None = None
         if mode == "a" and path is not None:
             self._resume(path)
         if self._resumed is None:
-            self._fd = open_file(path, mode)
+            if path is not None:
+                self._fd, self._replaced_fd = open_file(path, mode)
             try:
                 self._write(beginning)
             except BaseException:
                 self._close_file()
                 raise
-        self._workers = [
-            threading.Thread(target=self._work, name=f"fx-stream-{number}", daemon=True)
-            for number in range(num_workers)
-        ]
-        for worker in self._workers:
-            worker.start()
+        self._workers: list[threading.Thread] = []
+        for _ in range(plan.num_workers):
+            self._start_worker()
+
+    def _start_worker(self) -> None:
+        worker = threading.Thread(target=self._work, name=f"fx-stream-{len(self._workers)}", daemon=True)
+        self._workers.append(worker)
+        worker.start()
 
     def _resume(self, path: os.PathLike[str] | str) -> None:
         """Go on where the last segment of an existing file has its last good block; nothing if there is no file."""
@@ -180,10 +180,39 @@ class StreamWriter:
             return
         if page is None:
             page = self._open[meta.dtype] = Page(meta.dtype, time.monotonic())
-        page.rows.append((meta, data, done, 0))
-        page.raw_bytes += size
-        if len(page.rows) >= MAX_ROWS:
+        page.add((meta, data, done, 0), 1, size)
+        if page.num_rows >= MAX_ROWS:
             self._seal(page)
+
+    def layout(self, dtype: str, records: Iterable[tuple[int, int, Shape]]) -> PackLayout:
+        """How records of ``(site id, call, (shape, full shape))``, by site, lie in one piece of memory."""
+        return PackLayout.of(dtype, records)
+
+    def put_packed(
+        self, layout: PackLayout, step: int, data: U8, done: Callable[[], None] | None = None
+    ) -> None:
+        """Take over the records of a step that lie in ``data`` as the layout says: ``put`` of all of them at once.
+
+        Raises:
+            ValueError: as ``put``; the pack has more bytes than ``page_bytes`` or more records than a page takes.
+        """
+        size, num_rows = len(data), len(layout.rows)
+        if size != layout.num_bytes or size > self.page_bytes or num_rows > MAX_ROWS:
+            raise ValueError(
+                f"a pack of {num_rows} records has {layout.num_bytes} bytes, got {size}; a page takes "
+                f"{self.page_bytes} bytes and {MAX_ROWS} records"
+            )
+        if not layout.rows["site"][-1] < len(self._sites):
+            raise ValueError(f"site {layout.rows['site'][-1]} was not added; there are {len(self._sites)}")
+        page = self._open.get(layout.dtype)
+        if page is not None and (
+            page.raw_bytes + size > self.page_bytes or page.num_rows + num_rows > MAX_ROWS
+        ):
+            self._seal(page)
+            page = None
+        if page is None:
+            page = self._open[layout.dtype] = Page(layout.dtype, time.monotonic())
+        page.add(Pack(layout, step, data, done), num_rows, size)
 
     def _put_parts(self, meta: RecordMeta, data: U8, done: Callable[[], None] | None) -> None:
         """Cut a record that is larger than a page into nearly equal parts, each a page of its own."""
@@ -195,8 +224,7 @@ class StreamWriter:
         for start in starts:
             page = self._open[meta.dtype] = Page(meta.dtype, time.monotonic())
             part = data[start : start + part_bytes]
-            page.rows.append((meta, part, part_done, start))
-            page.raw_bytes = len(part)
+            page.add((meta, part, part_done, start), 1, len(part))
             self._seal(page)
 
     def seal(self, *, older_than_s: float = 0.0) -> None:
@@ -223,7 +251,8 @@ class StreamWriter:
         """
         if self._closed:
             return
-        self._stop()
+        self.finish()
+        self._closed = True
         try:
             if self.failure is None:
                 try:
@@ -243,22 +272,34 @@ class StreamWriter:
         if self._closed:
             return
         self._abandoned = True
-        self._stop()
+        self.finish()
+        self._closed = True
         self._close_file()
 
-    def _stop(self) -> None:
-        """Let the workers finish; after an interrupt it can be called again."""
+    def finish(self) -> None:
+        """Store all that was put, as far as there was no failure; nothing can be put any more.
+
+        The thread that waits here ran the model, so its core is free: another worker takes it, where memory was
+        set aside for one. After an interrupt it can be called again.
+        """
         self.seal()
         if not self._stopping:
             self._stopping = True
+            if self._queue.qsize() > 1 and self._last_help:
+                self._start_worker()
             for _ in self._workers:
                 self._queue.put(None)
         for worker in self._workers:
             worker.join()
-        self._closed = True
 
     def _close_file(self) -> None:
         fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+        self._close_replaced()
+
+    def _close_replaced(self) -> None:
+        fd, self._replaced_fd = self._replaced_fd, None
         if fd is not None:
             os.close(fd)
 
@@ -266,12 +307,23 @@ class StreamWriter:
 
     def _work(self) -> None:
         encoder: PageEncoder | None = None
+        scratch: list[U8] = []
+
+        def page_scratch() -> U8:
+            if not scratch:
+                scratch.append(np.empty(self.page_bytes, np.uint8))
+            return scratch[0]
+
+        with self._turn_changed:
+            replaced, self._replaced_fd = self._replaced_fd, None
+        if replaced is not None:
+            os.close(replaced)
         while (page := self._queue.get()) is not None:
             try:
                 if self.failure is None and not self._abandoned:
                     if encoder is None:
                         encoder = PageEncoder(self.codec, self.page_bytes, self._choices)
-                    self._store(page, encoder)
+                    self._store(page, encoder, page_scratch)
             except BaseException as error:
                 self._fail(error)
             finally:
@@ -281,10 +333,8 @@ class StreamWriter:
                 self._release(page)
 
     def _release(self, page: Page) -> None:
-        done = [row[2] for row in page.rows if row[2] is not None]
         # The memory goes before anyone is told that it went.
-        page.rows.clear()
-        for tell in done:
+        for tell in page.take_done():
             try:
                 tell()
             except BaseException as error:
@@ -306,18 +356,21 @@ class StreamWriter:
                 self._turn = max(self._turn, page.sequence + 1)
                 self._turn_changed.notify_all()
 
-    def _store(self, page: Page, encoder: PageEncoder) -> None:
+    def _store(self, page: Page, encoder: PageEncoder, scratch: Callable[[], U8]) -> None:
         started_s = time.perf_counter()
-        page.group_by_site()
+        records = page.arrange(scratch if self.max_relative_error is None else None)
         tier = self.tiers.choose(page.dtype)
-        buffers = [row[1] for row in page.rows]
         if self.max_relative_error is None:
-            encoded = encoder.encode(buffers, page.dtype, site=page.only_site(), tier=tier)
+            encoded = encoder.encode(records.buffers, page.dtype, site=records.only_site(), tier=tier)
         else:
             encoded = encoder.encode_within(
-                buffers, page.layouts(), page.dtype, self.max_relative_error, site=page.only_site()
+                records.buffers,
+                records.layouts(page.dtype),
+                page.dtype,
+                self.max_relative_error,
+                site=records.only_site(),
             )
-        rows, raw_directory, num_shapes = page.directory()
+        rows, raw_directory, num_shapes = records.rows, records.directory(), len(records.shapes)
         directory_encoding, directory = encode_directory(self.codec, raw_directory)
         steps = rows["step"]
         header = BlockHeader(
@@ -343,13 +396,15 @@ class StreamWriter:
         seconds = time.perf_counter() - started_s
         with self._turn_of(page):
             if self.failure is None and not self._abandoned:
-                seconds += self._append(page, header, directory, encoded)
+                seconds += self._append(page, records, header, directory, encoded)
         # All that a page keeps its worker busy with; waiting for its turn is not.
         self.tiers.encoded(
             page.dtype, tier, page.raw_bytes, encoded.payload_bytes, seconds if encoder.typical else None
         )
 
-    def _append(self, page: Page, header: BlockHeader, directory: bytes, encoded: EncodedPage) -> float:
+    def _append(
+        self, page: Page, records: Arranged, header: BlockHeader, directory: bytes, encoded: EncodedPage
+    ) -> float:
         """Write a block; the seconds that it took."""
         if page.num_sites > self._sites_written:
             self._write([write_sites(self._sites[self._sites_written : page.num_sites], self._segment_id)])
@@ -358,9 +413,13 @@ class StreamWriter:
         head = header.write(directory, offset, LEAD_BYTES)
         started_s = time.perf_counter()
         self._write([head, *encoded.pieces])
+        if self._fd is not None:
+            start_writeback(self._fd, self._segment_offset + offset, len(head) + encoded.payload_bytes)
         seconds = time.perf_counter() - started_s
         self.tiers.written(len(head) + encoded.payload_bytes, seconds)
-        sites = {row[0].site_id for row in page.rows}
+        sites = records.sites()
+        # Blocks mostly have the same sites: one set for all of them, 4 KiB for 60 sites.
+        sites = self._site_sets.setdefault(sites, sites)
         self._blocks.append(
             IndexRow(
                 offset,
@@ -369,16 +428,13 @@ class StreamWriter:
                 len(head) + header.payload_bytes,
                 header.num_rows,
                 header.raw_bytes,
-                frozenset(sites),
+                sites,
             )
         )
         self._max_step = max(self._max_step, header.max_step)
-        if self._inputs.isdisjoint(sites):
-            captured: Sequence[Row] = page.rows
-        else:
-            captured = [row for row in page.rows if row[0].site_id not in self._inputs]
-        self.raw_bytes += sum(len(row[1]) for row in captured)
-        self.num_records += sum(row[3] == 0 for row in captured)
+        num_records, num_bytes = records.count(sites & self._inputs)
+        self.raw_bytes += num_bytes
+        self.num_records += num_records
         return seconds
 
     def _write_end(self, summary: Mapping[str, Any]) -> None:
@@ -406,22 +462,3 @@ class StreamWriter:
         if self._fd is not None:
             write_all(self._fd, views)
         self.stored_bytes += sum(map(len, views))
-
-
-def _fit_memory(memory_bytes: int, num_workers: int | None, page_bytes: int | None) -> tuple[int, int]:
-    """Workers and page size that fit: fewer workers before smaller pages than 1 MiB.
-
-    A worker with the smallest page is the least there can be, also where that is more than ``memory_bytes``.
-    """
-    if page_bytes is not None and not 1024 <= page_bytes <= MAX_PAGE_BYTES:
-        raise ValueError(f"page_bytes must be from 1024 to {MAX_PAGE_BYTES}, got {page_bytes!r}")
-    if num_workers is not None and num_workers < 1:
-        raise ValueError(f"num_workers must be at least 1, got {num_workers!r}")
-    if num_workers is None:
-        num_workers = max(1, min(4, len(os.sched_getaffinity(0)) // 2))
-        while num_workers > 1 and num_workers * (_WORKER_FIXED_BYTES + (_WORKER_PAGES << 20)) > memory_bytes:
-            num_workers -= 1
-    if page_bytes is None:
-        room = (memory_bytes // num_workers - _WORKER_FIXED_BYTES) // _WORKER_PAGES
-        page_bytes = max(MIN_PAGE_BYTES, min(MAX_PAGE_BYTES, room // 4096 * 4096))
-    return num_workers, page_bytes
