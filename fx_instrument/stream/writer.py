@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 
 from ..errors import CaptureFailedError
-from .blocks import MAX_ROWS, BlockHeader, Shape
+from .blocks import BlockHeader, Shape
 from .codec import PageEncoder, empty_frame, encode_directory
 from .files import open_file, start_writeback, sync, write_all
-from .frames import ALIGNMENT, CODEC_CODES, SEGMENT_ID_BYTES, Prolog, write_sites
+from .frames import CODEC_CODES, SEGMENT_ID_BYTES, Prolog, write_sites
 from .index import IndexRow, write_index
 from .memory import DEFAULT_MEMORY_BYTES, plan_memory
-from .pages import U8, Arranged, Countdown, Pack, PackLayout, Page
+from .open_pages import OpenPages
+from .pages import U8, Arranged, PackLayout, Page
 from .payload import LEAD_BYTES, EncodedPage
-from .records import DTYPES, RecordMeta, SiteEntry, record_bytes
+from .records import DTYPES, RecordMeta, SiteEntry
 from .resume import Resumed, resume_file
 from .tiers import TIERS_OF_CODEC, Choices, TierControl
 
@@ -88,8 +89,7 @@ class StreamWriter:
         self._blocks: list[IndexRow] = []
         self._site_sets: dict[frozenset[int], frozenset[int]] = {}
         self._max_step = -1
-        self._sizes: dict[tuple[str, tuple[int, ...]], int] = {}
-        self._open: dict[str, Page] = {}
+        self._open = OpenPages(plan.page_bytes, self._take)
         self._queue: queue.SimpleQueue[Page | None] = queue.SimpleQueue()
         self._choices = Choices()
         self._sequence = 0
@@ -161,28 +161,9 @@ class StreamWriter:
         Raises:
             ValueError: the bytes are not those of the dtype and shape, or the site is unknown.
         """
-        size = len(data)
-        expected = self._sizes.get((meta.dtype, meta.shape))
-        if expected is None:
-            expected = self._sizes[meta.dtype, meta.shape] = record_bytes(meta.dtype, meta.shape)
-        if size != expected:
-            raise ValueError(
-                f"a record of {meta.dtype} {meta.shape} has {expected} bytes, got {size} (site {meta.site_id})"
-            )
         if not 0 <= meta.site_id < len(self._sites):
             raise ValueError(f"site {meta.site_id} was not added; there are {len(self._sites)}")
-        page = self._open.get(meta.dtype)
-        if page is not None and page.raw_bytes + size > self.page_bytes:
-            self._seal(page)
-            page = None
-        if size > self.page_bytes:
-            self._put_parts(meta, data, done)
-            return
-        if page is None:
-            page = self._open[meta.dtype] = Page(meta.dtype, time.monotonic())
-        page.add((meta, data, done, 0), 1, size)
-        if page.num_rows >= MAX_ROWS:
-            self._seal(page)
+        self._open.put(meta, data, done)
 
     def layout(self, dtype: str, records: Iterable[tuple[int, int, Shape]]) -> PackLayout:
         """How records of ``(site id, call, (shape, full shape))``, by site, lie in one piece of memory."""
@@ -196,46 +177,15 @@ class StreamWriter:
         Raises:
             ValueError: as ``put``; the pack has more bytes than ``page_bytes`` or more records than a page takes.
         """
-        size, num_rows = len(data), len(layout.rows)
-        if size != layout.num_bytes or size > self.page_bytes or num_rows > MAX_ROWS:
-            raise ValueError(
-                f"a pack of {num_rows} records has {layout.num_bytes} bytes, got {size}; a page takes "
-                f"{self.page_bytes} bytes and {MAX_ROWS} records"
-            )
         if not layout.rows["site"][-1] < len(self._sites):
             raise ValueError(f"site {layout.rows['site'][-1]} was not added; there are {len(self._sites)}")
-        page = self._open.get(layout.dtype)
-        if page is not None and (
-            page.raw_bytes + size > self.page_bytes or page.num_rows + num_rows > MAX_ROWS
-        ):
-            self._seal(page)
-            page = None
-        if page is None:
-            page = self._open[layout.dtype] = Page(layout.dtype, time.monotonic())
-        page.add(Pack(layout, step, data, done), num_rows, size)
-
-    def _put_parts(self, meta: RecordMeta, data: U8, done: Callable[[], None] | None) -> None:
-        """Cut a record that is larger than a page into nearly equal parts, each a page of its own."""
-        count = -(-len(data) // self.page_bytes)
-        part_bytes = -(-len(data) // count)
-        part_bytes += -part_bytes % min(ALIGNMENT, self.page_bytes)
-        starts = range(0, len(data), part_bytes)
-        part_done = None if done is None else Countdown(len(starts), done)
-        for start in starts:
-            page = self._open[meta.dtype] = Page(meta.dtype, time.monotonic())
-            part = data[start : start + part_bytes]
-            page.add((meta, part, part_done, start), 1, len(part))
-            self._seal(page)
+        self._open.put_packed(layout, step, data, done)
 
     def seal(self, *, older_than_s: float = 0.0) -> None:
         """Hand incomplete pages to the workers, those at least ``older_than_s`` seconds old."""
-        if self._open:
-            latest = time.monotonic() - older_than_s
-            for page in [page for page in self._open.values() if page.opened_s <= latest]:
-                self._seal(page)
+        self._open.seal(older_than_s)
 
-    def _seal(self, page: Page) -> None:
-        del self._open[page.dtype]
+    def _take(self, page: Page) -> None:
         page.sequence = self._sequence
         page.num_sites = len(self._sites)
         self._sequence += 1
