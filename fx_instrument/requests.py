@@ -1,0 +1,297 @@
+"""Rows of a server's captures by request: what a step notes of its rows, both ways, and the view of one request.
+
+A server's forward call mixes tokens of many requests. Each step of such a capture holds, beside the values (rows x
+hidden), up to three integer inputs (role ``input`` in the file):
+
+    request_rows   int64 (runs, 3): request number, token position of the run's first row, rows of the run; the runs
+                   follow each other in the order of the rows, and cover them
+    new_requests   uint8: a JSON list with an entry for each request that the step is the first of:
+                   number, id, engine_id, prompt_tokens, cached_tokens, sites (null: all), positions
+    input_ids      int32 (rows,): the token of each row
+
+Request numbers count from 0 within a file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .errors import CorruptStreamError, MissingRecordError
+
+ROWS_INPUT = "request_rows"
+NEW_INPUT = "new_requests"
+TOKENS_INPUT = "input_ids"
+MAX_REQUEST_ROWS = 1 << 31
+
+Positions = str | tuple[int, ...]
+Run = tuple[int, int, int]
+"""Request number, token position of the first row, number of rows."""
+
+
+def encode_rows(runs: Sequence[Run]) -> torch.Tensor:
+    return torch.tensor(runs, dtype=torch.int64).reshape(-1, 3)
+
+
+def encode_new(requests: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+    text = json.dumps(requests, ensure_ascii=False, separators=(",", ":"))
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def interval_of(positions: Positions, num_prompt_tokens: int) -> tuple[int, int | None] | None:
+    """Where the positions that a name stands for begin and end (None: no end); None for a list of positions."""
+    if positions == "all":
+        return 0, None
+    if positions == "prompt":
+        return 0, num_prompt_tokens
+    if positions == "last":
+        return max(0, num_prompt_tokens - 1), num_prompt_tokens
+    if positions == "generated":
+        return num_prompt_tokens, None
+    return None
+
+
+class StreamLike(Protocol):
+    """What the table of requests needs of a stream."""
+
+    path: str
+    num_steps: int
+
+    @property
+    def input_names(self) -> tuple[str, ...]: ...
+    def inputs(self, step: int) -> dict[str, torch.Tensor]: ...
+    def find(self, site: str, step: int, call: int = 0) -> Any: ...
+    def near_sites(self, site: str) -> str: ...
+    @property
+    def sites(self) -> Sequence[Any]: ...
+
+
+@dataclass(slots=True)
+class _Place:
+    """Rows of one request in one step: ``count`` rows from ``offset`` on, of tokens from ``position`` on."""
+
+    step: int
+    offset: int
+    position: int
+    count: int
+
+
+@dataclass(slots=True)
+class _Found:
+    """One request as one file has it."""
+
+    stream: StreamLike
+    entry: dict[str, Any]
+    places: list[_Place] = field(default_factory=list)
+
+
+class RequestTable:
+    """The requests of one or more files, in the order in which they first appear; made once, by reading the steps."""
+
+    def __init__(self, streams: Sequence[StreamLike]) -> None:
+        self._requests: dict[str, list[_Found]] = {}
+        by_engine_id: dict[str, str] = {}
+        for stream in streams:
+            for found in _scan(stream):
+                engine_id = str(found.entry.get("engine_id", found.entry["id"]))
+                name = by_engine_id.get(engine_id)
+                if name is None:
+                    name = str(found.entry["id"])
+                    if name in self._requests:
+                        # A client used an id twice: the engine's own, which is unique, names the later request.
+                        name = engine_id
+                    by_engine_id[engine_id] = name
+                self._requests.setdefault(name, []).append(found)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(self._requests)
+
+    def request(self, request_id: str) -> Request:
+        """One request; MissingRecordError (a KeyError) that names near ids."""
+        found = self._requests.get(request_id)
+        if found is None:
+            near = difflib.get_close_matches(str(request_id), self._requests, n=3, cutoff=0.3)
+            hint = f"near it are {', '.join(map(repr, near))}" if near else f"it holds {len(self._requests)}"
+            raise MissingRecordError(f"the stream has no rows of a request {request_id!r}; {hint}")
+        return Request(request_id, found)
+
+
+def _scan(stream: StreamLike) -> Iterator[_Found]:
+    if ROWS_INPUT not in stream.input_names:
+        return
+    found: dict[int, _Found] = {}
+    for step in range(stream.num_steps):
+        inputs = stream.inputs(step)
+        if NEW_INPUT in inputs:
+            for entry in _decode_new(stream, inputs[NEW_INPUT], step):
+                found[entry["number"]] = _Found(stream, entry)
+        runs = inputs.get(ROWS_INPUT)
+        if runs is None:
+            continue
+        if runs.dim() != 2 or runs.shape[1] != 3 or runs.dtype != torch.int64:
+            raise CorruptStreamError(
+                f"{stream.path}: {ROWS_INPUT} of step {step} is {runs.dtype} {tuple(runs.shape)}, expected int64 (n, 3)"
+            )
+        offset = 0
+        for number, position, count in runs.tolist():
+            if position < 0 or not 0 < count <= MAX_REQUEST_ROWS:
+                raise CorruptStreamError(
+                    f"{stream.path}: {ROWS_INPUT} of step {step} has a run of {count} rows at position {position}"
+                )
+            request = found.get(number)
+            if request is None:
+                # The step that introduced it was lost (a damaged block): its rows stay readable, by number.
+                request = found[number] = _Found(stream, {"number": number, "id": f"#{number}"})
+            request.places.append(_Place(step, offset, position, count))
+            offset += count
+    yield from found.values()
+
+
+def _decode_new(stream: StreamLike, data: torch.Tensor, step: int) -> list[dict[str, Any]]:
+    try:
+        entries = json.loads(data.numpy().tobytes().decode())
+        if not all(isinstance(entry["number"], int) and isinstance(entry["id"], str) for entry in entries):
+            raise ValueError("an entry lacks its number or id")
+    except (ValueError, TypeError, KeyError) as error:
+        raise CorruptStreamError(f"{stream.path}: {NEW_INPUT} of step {step} can't be read: {error}") from error
+    return list(entries)
+
+
+class Request(Mapping[str, "RequestRows"]):
+    """The rows of one request, by the name of the site, and what is known of it.
+
+    Attributes:
+        id: as the client knows it.
+        engine_id: as the engine knows it; unique.
+        num_prompt_tokens: None if the file lost it.
+        num_cached_tokens: positions from 0 on that a prefix-cache hit spared, so that they have no rows.
+        positions: which positions the request asked for: "all", "prompt", "last", "generated", or a list.
+    """
+
+    def __init__(self, request_id: str, found: Sequence[_Found]) -> None:
+        entry = found[0].entry
+        self.id = request_id
+        self.engine_id = str(entry.get("engine_id", request_id))
+        self.num_prompt_tokens: int | None = entry.get("prompt_tokens")
+        self.num_cached_tokens = int(entry.get("cached_tokens", 0))
+        positions = entry.get("positions", "all")
+        self.positions: Positions = positions if isinstance(positions, str) else tuple(positions)
+        self._found = list(found)
+        self._sites: dict[str, _Found] = {}
+        for file in found:
+            chosen = file.entry.get("sites")
+            for site in file.stream.sites:
+                if chosen is None or site.name in chosen:
+                    self._sites.setdefault(site.name, file)
+
+    @property
+    def num_tokens(self) -> int:
+        """One more than the last position with a row."""
+        return max((p.position + p.count for file in self._found for p in file.places), default=0)
+
+    def token_ids(self) -> dict[int, int]:
+        """The token at each position with a row; empty if tokens were not recorded."""
+        tokens: dict[int, int] = {}
+        file = self._found[0]
+        for place in file.places:
+            ids = file.stream.inputs(place.step).get(TOKENS_INPUT)
+            if ids is not None:
+                row = ids[place.offset : place.offset + place.count].tolist()
+                tokens.update(zip(range(place.position, place.position + place.count), row, strict=True))
+        return tokens
+
+    def __getitem__(self, site: str) -> RequestRows:
+        file = self._sites.get(site)
+        if file is None:
+            raise MissingRecordError(
+                f"request {self.id!r} has no rows of {site!r}: it was not asked for or is no site; "
+                f"{self._found[0].stream.near_sites(site)}"
+            )
+        return RequestRows(self, site, file)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def __repr__(self) -> str:
+        return f"Request({self.id!r}, {len(self)} sites, {self.num_tokens} tokens)"
+
+    def _expected(self) -> npt.NDArray[np.int64]:
+        if not isinstance(self.positions, str):
+            return np.array(sorted(set(self.positions)), np.int64)
+        begin, end = interval_of(self.positions, self.num_prompt_tokens or 0) or (0, None)
+        # The engine never skips the last token of a prompt, so what is known to exist ends with the last row.
+        return np.arange(begin, self.num_tokens if end is None else end, dtype=np.int64)
+
+
+class RequestRows:
+    """The values of one site for one request, a row a token, in the order of token positions."""
+
+    def __init__(self, request: Request, site: str, file: _Found) -> None:
+        self.site = site
+        self._request = request
+        rows: dict[int, tuple[int, int]] = {}
+        self._records: dict[int, Any] = {}
+        for place in file.places:
+            record = file.stream.find(site, place.step)
+            if record is None:
+                continue
+            if not record.shape or record.shape[0] < place.offset + place.count:
+                raise CorruptStreamError(
+                    f"{file.stream.path}: {record!r} has fewer rows than {ROWS_INPUT} of step {place.step} needs "
+                    f"({place.offset + place.count})"
+                )
+            self._records[place.step] = record
+            for index in range(place.count):
+                # A position that was computed again (after a preemption) counts as it was computed last.
+                rows[place.position + index] = (place.step, place.offset + index)
+        self._rows = dict(sorted(rows.items()))
+
+    @property
+    def token_positions(self) -> torch.Tensor:
+        """int64, ascending: the position in its sequence of each row's token; the prompt begins at 0."""
+        return torch.tensor(list(self._rows), dtype=torch.int64)
+
+    @property
+    def missing_positions(self) -> torch.Tensor:
+        """int64, ascending: positions that were asked for and have no row.
+
+        Reasons: a prefix-cache hit spared computing them (``num_cached_tokens``), they were dropped, or (for a list
+        of positions) the sequence ended before.
+        """
+        there = np.fromiter(self._rows, np.int64, len(self._rows))
+        return torch.from_numpy(np.setdiff1d(self._request._expected(), there))
+
+    def tensor(self) -> torch.Tensor:
+        """The values, (tokens x hidden), one row for each of ``token_positions``.
+
+        Raises:
+            ValueError: the request has no row at this site.
+        """
+        if not self._rows:
+            raise ValueError(f"request {self._request.id!r} has no rows of {self.site!r}")
+        wanted: dict[int, list[int]] = {}
+        for step, row in self._rows.values():
+            wanted.setdefault(step, []).append(row)
+        parts = [self._records[step].tensor()[rows] for step, rows in wanted.items()]
+        # Steps may interleave in position only where something was computed twice; else this is the identity.
+        order = {place: index for index, place in enumerate((s, r) for s, rows in wanted.items() for r in rows)}
+        joined = torch.cat(parts)
+        index = [order[place] for place in self._rows.values()]
+        return joined if index == list(range(len(index))) else joined[index]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        return f"RequestRows({self.site!r} of {self._request.id!r}, {len(self)} rows)"
