@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from .errors import CorruptStreamError, MissingRecordError, UnsupportedStreamError
+from .requests import Request, RequestTable
 from .sampling import num_samples, positions
 from .stream.mapped import stream_files
 from .stream.reader import RecordRef, StreamReader
@@ -232,6 +233,7 @@ class ActivationStream:
         self._names = {site.id: site.name for site in self.sites}
         self._inputs = {site.name: site.id for site in reader.sites if site.role == INPUT_ROLE}
         self._last_positions: tuple[int, int, npt.NDArray[np.int64]] | None = None
+        self._table: RequestTable | None = None
 
     @property
     def codec(self) -> str:
@@ -352,6 +354,24 @@ class ActivationStream:
             if len(refs):
                 found[name] = Record(self, name, refs[0]).tensor()
         return found
+
+    @property
+    def requests(self) -> tuple[str, ...]:
+        """Ids of the requests whose rows a server's capture holds, in order of appearance; else empty."""
+        return self._requests().ids
+
+    def request(self, request_id: str) -> Request:
+        """One request's rows by site: ``stream.request(id)[site].tensor()``, ``.token_positions``.
+
+        Raises:
+            MissingRecordError: (a KeyError) the stream has no such request.
+        """
+        return self._requests().request(request_id)
+
+    def _requests(self) -> RequestTable:
+        if self._table is None:
+            self._table = RequestTable(self)
+        return self._table
 
     def verify(self) -> list[Damage]:
         """Compare every byte with its checksums, and each index with its blocks; empty if all is well."""

@@ -123,12 +123,15 @@ def open_session(
     progress: bool = False,
     max_memory_bytes: int | None = None,
     patience: Callable[[], float] | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> Session:
     """A session of ``framework``'s model that writes to ``path``, as the configuration has it.
 
     Args:
         max_memory_bytes: a bound of its own; None takes the configuration's.
         patience: see ``Session``.
+        rank, world: which of how many processes writes this file.
 
     Raises:
         BufferTooSmallError, OSError, ValueError: as ``capture_activations``.
@@ -154,6 +157,8 @@ def open_session(
         memory_bytes=max(MIN_MEMORY_BYTES, limit // _WRITER_SHARE),
         target_bytes_per_s=config.target_throughput_gbps * 1e9,
         max_relative_error=config.max_relative_error,
+        rank=rank,
+        world=world,
     )
     sampled = config.granularity is HookGranularity.SAMPLED_SLICES
     return Session(

@@ -9,7 +9,7 @@ hidden), up to three integer inputs (role ``input`` in the file):
                    number, id, engine_id, prompt_tokens, cached_tokens, sites (null: all), positions
     input_ids      int32 (rows,): the token of each row
 
-Request numbers count from 0 within a file.
+Request numbers count from 0 within a file. ``input`` records are read whole, by step; they are small.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ TOKENS_INPUT = "input_ids"
 MAX_REQUEST_ROWS = 1 << 31
 
 Positions = str | tuple[int, ...]
+_Key = tuple[int, int]
+"""Rank and step of a record."""
 Run = tuple[int, int, int]
 """Request number, token position of the first row, number of rows."""
 
@@ -63,11 +65,12 @@ class StreamLike(Protocol):
 
     path: str
     num_steps: int
+    ranks: tuple[int, ...]
 
     @property
     def input_names(self) -> tuple[str, ...]: ...
-    def inputs(self, step: int) -> dict[str, torch.Tensor]: ...
-    def find(self, site: str, step: int, call: int = 0) -> Any: ...
+    def inputs(self, step: int, *, rank: int | None = None) -> dict[str, torch.Tensor]: ...
+    def find(self, site: str, step: int, call: int = 0, *, rank: int | None = None) -> Any: ...
     def near_sites(self, site: str) -> str: ...
     @property
     def sites(self) -> Sequence[Any]: ...
@@ -85,21 +88,22 @@ class _Place:
 
 @dataclass(slots=True)
 class _Found:
-    """One request as one file has it."""
+    """One request as the files of one rank have it."""
 
-    stream: StreamLike
+    rank: int
     entry: dict[str, Any]
     places: list[_Place] = field(default_factory=list)
 
 
 class RequestTable:
-    """The requests of one or more files, in the order in which they first appear; made once, by reading the steps."""
+    """The requests of a stream, in the order in which they first appear; made once, by reading its steps' inputs."""
 
-    def __init__(self, streams: Sequence[StreamLike]) -> None:
+    def __init__(self, stream: StreamLike) -> None:
+        self._stream = stream
         self._requests: dict[str, list[_Found]] = {}
         by_engine_id: dict[str, str] = {}
-        for stream in streams:
-            for found in _scan(stream):
+        for rank in stream.ranks if ROWS_INPUT in stream.input_names else ():
+            for found in _scan(stream, rank):
                 engine_id = str(found.entry.get("engine_id", found.entry["id"]))
                 name = by_engine_id.get(engine_id)
                 if name is None:
@@ -121,18 +125,19 @@ class RequestTable:
             near = difflib.get_close_matches(str(request_id), self._requests, n=3, cutoff=0.3)
             hint = f"near it are {', '.join(map(repr, near))}" if near else f"it holds {len(self._requests)}"
             raise MissingRecordError(f"the stream has no rows of a request {request_id!r}; {hint}")
-        return Request(request_id, found)
+        return Request(self._stream, request_id, found)
 
 
-def _scan(stream: StreamLike) -> Iterator[_Found]:
-    if ROWS_INPUT not in stream.input_names:
-        return
-    found: dict[int, _Found] = {}
+def _scan(stream: StreamLike, rank: int) -> list[_Found]:
+    found: list[_Found] = []
+    by_number: dict[int, _Found] = {}
     for step in range(stream.num_steps):
-        inputs = stream.inputs(step)
+        inputs = stream.inputs(step, rank=rank)
         if NEW_INPUT in inputs:
             for entry in _decode_new(stream, inputs[NEW_INPUT], step):
-                found[entry["number"]] = _Found(stream, entry)
+                # A later file of the same rank counts its requests from 0 again.
+                by_number[entry["number"]] = _Found(rank, entry)
+                found.append(by_number[entry["number"]])
         runs = inputs.get(ROWS_INPUT)
         if runs is None:
             continue
@@ -146,13 +151,16 @@ def _scan(stream: StreamLike) -> Iterator[_Found]:
                 raise CorruptStreamError(
                     f"{stream.path}: {ROWS_INPUT} of step {step} has a run of {count} rows at position {position}"
                 )
-            request = found.get(number)
+            request = by_number.get(number)
             if request is None:
                 # The step that introduced it was lost (a damaged block): its rows stay readable, by number.
-                request = found[number] = _Found(stream, {"number": number, "id": f"#{number}"})
+                request = by_number[number] = _Found(
+                    rank, {"number": number, "id": f"#{number} of rank {rank}"}
+                )
+                found.append(request)
             request.places.append(_Place(step, offset, position, count))
             offset += count
-    yield from found.values()
+    return found
 
 
 def _decode_new(stream: StreamLike, data: torch.Tensor, step: int) -> list[dict[str, Any]]:
@@ -161,7 +169,9 @@ def _decode_new(stream: StreamLike, data: torch.Tensor, step: int) -> list[dict[
         if not all(isinstance(entry["number"], int) and isinstance(entry["id"], str) for entry in entries):
             raise ValueError("an entry lacks its number or id")
     except (ValueError, TypeError, KeyError) as error:
-        raise CorruptStreamError(f"{stream.path}: {NEW_INPUT} of step {step} can't be read: {error}") from error
+        raise CorruptStreamError(
+            f"{stream.path}: {NEW_INPUT} of step {step} can't be read: {error}"
+        ) from error
     return list(entries)
 
 
@@ -176,7 +186,7 @@ class Request(Mapping[str, "RequestRows"]):
         positions: which positions the request asked for: "all", "prompt", "last", "generated", or a list.
     """
 
-    def __init__(self, request_id: str, found: Sequence[_Found]) -> None:
+    def __init__(self, stream: StreamLike, request_id: str, found: Sequence[_Found]) -> None:
         entry = found[0].entry
         self.id = request_id
         self.engine_id = str(entry.get("engine_id", request_id))
@@ -184,13 +194,10 @@ class Request(Mapping[str, "RequestRows"]):
         self.num_cached_tokens = int(entry.get("cached_tokens", 0))
         positions = entry.get("positions", "all")
         self.positions: Positions = positions if isinstance(positions, str) else tuple(positions)
+        self._stream = stream
         self._found = list(found)
-        self._sites: dict[str, _Found] = {}
-        for file in found:
-            chosen = file.entry.get("sites")
-            for site in file.stream.sites:
-                if chosen is None or site.name in chosen:
-                    self._sites.setdefault(site.name, file)
+        chosen = entry.get("sites")
+        self._sites = {site.name: None for site in stream.sites if chosen is None or site.name in chosen}
 
     @property
     def num_tokens(self) -> int:
@@ -200,22 +207,21 @@ class Request(Mapping[str, "RequestRows"]):
     def token_ids(self) -> dict[int, int]:
         """The token at each position with a row; empty if tokens were not recorded."""
         tokens: dict[int, int] = {}
-        file = self._found[0]
-        for place in file.places:
-            ids = file.stream.inputs(place.step).get(TOKENS_INPUT)
+        found = self._found[0]
+        for place in found.places:
+            ids = self._stream.inputs(place.step, rank=found.rank).get(TOKENS_INPUT)
             if ids is not None:
                 row = ids[place.offset : place.offset + place.count].tolist()
                 tokens.update(zip(range(place.position, place.position + place.count), row, strict=True))
         return tokens
 
     def __getitem__(self, site: str) -> RequestRows:
-        file = self._sites.get(site)
-        if file is None:
+        if site not in self._sites:
             raise MissingRecordError(
                 f"request {self.id!r} has no rows of {site!r}: it was not asked for or is no site; "
-                f"{self._found[0].stream.near_sites(site)}"
+                f"{self._stream.near_sites(site)}"
             )
-        return RequestRows(self, site, file)
+        return RequestRows(self._stream, self, site, self._found)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sites)
@@ -237,24 +243,25 @@ class Request(Mapping[str, "RequestRows"]):
 class RequestRows:
     """The values of one site for one request, a row a token, in the order of token positions."""
 
-    def __init__(self, request: Request, site: str, file: _Found) -> None:
+    def __init__(self, stream: StreamLike, request: Request, site: str, found: Sequence[_Found]) -> None:
         self.site = site
         self._request = request
-        rows: dict[int, tuple[int, int]] = {}
-        self._records: dict[int, Any] = {}
-        for place in file.places:
-            record = file.stream.find(site, place.step)
+        rows: dict[int, tuple[_Key, int]] = {}
+        self._records: dict[_Key, Any] = {}
+        # Of pipeline stages, each with a rank of its own, one has the site.
+        for rank, place in ((file.rank, place) for file in found for place in file.places):
+            record = stream.find(site, place.step, rank=rank)
             if record is None:
                 continue
             if not record.shape or record.shape[0] < place.offset + place.count:
                 raise CorruptStreamError(
-                    f"{file.stream.path}: {record!r} has fewer rows than {ROWS_INPUT} of step {place.step} needs "
+                    f"{stream.path}: {record!r} has fewer rows than {ROWS_INPUT} of step {place.step} needs "
                     f"({place.offset + place.count})"
                 )
-            self._records[place.step] = record
+            self._records[rank, place.step] = record
             for index in range(place.count):
                 # A position that was computed again (after a preemption) counts as it was computed last.
-                rows[place.position + index] = (place.step, place.offset + index)
+                rows[place.position + index] = ((rank, place.step), place.offset + index)
         self._rows = dict(sorted(rows.items()))
 
     @property
@@ -280,12 +287,14 @@ class RequestRows:
         """
         if not self._rows:
             raise ValueError(f"request {self._request.id!r} has no rows of {self.site!r}")
-        wanted: dict[int, list[int]] = {}
-        for step, row in self._rows.values():
-            wanted.setdefault(step, []).append(row)
-        parts = [self._records[step].tensor()[rows] for step, rows in wanted.items()]
-        # Steps may interleave in position only where something was computed twice; else this is the identity.
-        order = {place: index for index, place in enumerate((s, r) for s, rows in wanted.items() for r in rows)}
+        wanted: dict[_Key, list[int]] = {}
+        for key, row in self._rows.values():
+            wanted.setdefault(key, []).append(row)
+        parts = [self._records[key].tensor()[rows] for key, rows in wanted.items()]
+        # Steps interleave in position only where something was computed twice; else this is the identity.
+        order = {
+            place: index for index, place in enumerate((k, r) for k, rows in wanted.items() for r in rows)
+        }
         joined = torch.cat(parts)
         index = [order[place] for place in self._rows.values()]
         return joined if index == list(range(len(index))) else joined[index]

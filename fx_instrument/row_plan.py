@@ -20,8 +20,6 @@ MAX_TEXT = 16384
 MAX_ITEMS = 4096
 
 
-
-
 @dataclass(frozen=True, slots=True)
 class Choice:
     """What one request wants captured."""
@@ -86,7 +84,9 @@ def parse_choice(value: Any, sites: Mapping[str, str]) -> Choice | None:
         raise ValueError(f"expected a truth value, a name or a dict, got {str(value)[:80]!r}")
     unknown = set(value) - {"layers", "roles", "sites", "positions"}
     if unknown:
-        raise ValueError(f"unknown keys {sorted(map(str, unknown))[:5]}; layers, roles, sites, positions are known")
+        raise ValueError(
+            f"unknown keys {sorted(map(str, unknown))[:5]}; layers, roles, sites, positions are known"
+        )
     return Choice(_chosen_sites(value, sites), _positions(value.get("positions", "all")))
 
 
@@ -110,7 +110,9 @@ def _chosen_sites(value: Mapping[str, Any], sites: Mapping[str, str]) -> frozens
         roles = set(_items(value["roles"], "roles"))
         known = set(sites.values())
         if not roles <= known:
-            raise ValueError(f"no site has the roles {sorted(map(str, roles - known))}; there are {sorted(known)}")
+            raise ValueError(
+                f"no site has the roles {sorted(map(str, roles - known))}; there are {sorted(known)}"
+            )
         chosen = {name for name in chosen if sites[name] in roles}
     if "layers" in value:
         layers = _layers(_items(value["layers"], "layers"))
@@ -179,7 +181,9 @@ class Group:
 
     def rows(self) -> npt.NDArray[np.int64]:
         """The rows' numbers within the call's batch, ascending."""
-        return np.concatenate([np.arange(first, first + count, dtype=np.int64) for first, count in self.spans])
+        return np.concatenate(
+            [np.arange(first, first + count, dtype=np.int64) for first, count in self.spans]
+        )
 
 
 class RowPlanner:

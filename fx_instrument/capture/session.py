@@ -313,6 +313,11 @@ class Session:
     # -- the caller ---------------------------------------------------------------------------------------------
 
     @property
+    def dropped_inputs(self) -> int:
+        """How many steps' integer inputs found no room so far."""
+        return self._dropped_inputs
+
+    @property
     def failure(self) -> BaseException | None:
         """What ended the capture before its time, of the drain thread or the writer; None while all is well."""
         return self._failure if self._failure is not None else self._writer.failure

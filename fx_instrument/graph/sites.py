@@ -138,12 +138,17 @@ def _words(text: str) -> frozenset[str]:
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    return any(parameter.dim() >= 2 for parameter in module.parameters())
+    return any(_dims(parameter) >= 2 for parameter in module.parameters())
+
+
+def _dims(parameter: nn.Parameter) -> int:
+    # Kernels that pack a matrix keep it elsewhere and leave an empty parameter (vLLM on CPU).
+    return 2 if parameter.numel() == 0 else parameter.dim()
 
 
 def _is_compound(module: nn.Module) -> bool:
     """Has at least two projections of its own, as attention and MLPs have and their norms and gates have not."""
-    return sum(1 for parameter in module.parameters() if parameter.dim() >= 2) >= 2
+    return sum(1 for parameter in module.parameters() if _dims(parameter) >= 2) >= 2
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -234,7 +239,7 @@ def _last_projections(model: nn.Module, found: dict[str, Role]) -> None:
 
 def _is_projection(module: nn.Module) -> bool:
     """A linear map by its weight: one matrix and at most a bias, no children (``Linear``, GPT-2's ``Conv1D``)."""
-    shapes = [parameter.dim() for parameter in module.parameters(recurse=False)]
+    shapes = [_dims(parameter) for parameter in module.parameters(recurse=False)]
     return (
         not list(module.children())
         and sorted(shapes) in ([2], [1, 2])

@@ -1,0 +1,360 @@
+"""The capture of an inference engine whose forward calls mix the rows of many requests; knows no engine by name.
+
+What an engine's file in integrations/ gives: the loaded model, the traced graphs, and of each forward call which
+requests it holds, in the order of its rows. What this room does with it: markers into the model, the graphs
+rewritten and compiled, and after each call the rows that were asked for brought to the file.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .capture.session import Session
+from .capture_block import open_session
+from .config import InstrumentationConfig
+from .errors import BufferTooSmallError, InstrumentationError
+from .framework import InstrumentationFramework
+from .graph.attach import Attachment
+from .graph.backend import CaptureBackend
+from .graph.rewrite import insert_captures
+from .graph.sites import Site, choose_sites
+from .requests import NEW_INPUT, ROWS_INPUT, TOKENS_INPUT, encode_new, encode_rows
+from .row_plan import EVERYTHING, Group, RowPlanner
+
+log = logging.getLogger(__name__)
+
+# The values of a call go to the buffer in pieces, so that a large prefill needs no buffer of its size.
+_PIECES = 8
+
+Scheduled = tuple[str, int, int]
+"""A request's part of a forward call: engine id, position of its first token, number of tokens."""
+
+
+class StepSink:
+    """Takes the values of a forward call from its graphs; rows and requests are known only after it."""
+
+    def __init__(self) -> None:
+        self.armed = False
+        """Whether the forward call that runs has a row that is wanted."""
+        self.starting = True
+        """Whether the engine warms up: values only show that their sites work."""
+        self.values: list[tuple[Site, torch.Tensor]] = []
+        self.fired: dict[Site, int] = {}
+        """Bytes of a row by site, of the sites that delivered while the engine started."""
+        self.eager = False
+
+    def reserve(self, sites: Sequence[Site], num_bytes: int) -> bool:
+        return True
+
+    def deliver(
+        self, ticket: Any, sites: Sequence[Site], values: Sequence[torch.Tensor], full_shapes: Any
+    ) -> None:
+        if self.armed:
+            self.values.extend(zip(sites, values, strict=True))
+        elif self.starting:
+            for site, value in zip(sites, values, strict=True):
+                if value.dim() < 2 or not value.shape[0]:
+                    raise InstrumentationError(
+                        f"{site.name} gives a value of shape {tuple(value.shape)}; (tokens, ...) was expected: choose "
+                        f"other sites"
+                    )
+                self.fired[site] = value[0].nbytes
+
+    def record_eager(self, site: Site, value: torch.Tensor) -> None:
+        self.eager = True
+        if self.armed or self.starting:
+            # An engine's norms may add into what a module returned.
+            self.deliver(True, (site,), (value.detach().clone(),), None)
+
+    def cancel(self, ticket: Any) -> None: ...
+    def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> None: ...
+    def end_step(self) -> None: ...
+
+    def take(self) -> list[tuple[Site, torch.Tensor]]:
+        values, self.values, self.armed = self.values, [], False
+        return values
+
+
+class EngineCapture(InstrumentationFramework):
+    """The capture of one worker of an engine.
+
+    Args:
+        config: what to capture.
+        path: the file of this worker.
+        all_requests: capture every request that does not say otherwise; else those that ask, and a second graph
+            without captures runs the calls in which nobody asked.
+        mode: "w" replaces an existing file, "x" refuses one.
+        drop: when the buffer is full, drop values at once and count them, instead of waiting.
+        max_stall_s: the longest that a call may wait before values are dropped; None waits.
+        engine: its name, for the file's metadata.
+    """
+
+    def __init__(
+        self,
+        config: InstrumentationConfig,
+        path: Path,
+        *,
+        all_requests: bool,
+        mode: str,
+        drop: bool,
+        max_stall_s: float | None,
+        engine: str,
+    ) -> None:
+        super().__init__(config)
+        self.path = path
+        self.sink = StepSink()
+        self.failed: str | None = None
+        """What ended the capture before its time; the engine goes on without it."""
+        self.refused_requests = 0
+        self._backend_name = engine
+        self._all_requests = all_requests
+        self._mode = mode
+        self._drop = drop
+        self._max_stall_s = max_stall_s
+        self._session: Session | None = None
+        self._closed = False
+        self._planner: RowPlanner | None = None
+
+    # -- starting -----------------------------------------------------------------------------------------------
+
+    def attach(self, model: torch.nn.Module, rank: int, world: int) -> None:
+        """Plant the markers, and open the file, which is the ``rank``-th of ``world``.
+
+        Raises:
+            NoSitesError: the model has none of the sites.
+            OSError: the file can't be created.
+        """
+        attachment = self._attachment = Attachment(model, choose_sites(model, self.config))
+        attachment.marker.capturing = True
+        attachment.marker.sink = self.sink
+        roles = {site.name: site.role for site in attachment.sites}
+        self._planner = RowPlanner(roles, EVERYTHING if self._all_requests else None)
+        stall = self._max_stall_s
+        self._session = open_session(
+            self,
+            self.path,
+            mode=self._mode,
+            on_full="drop" if self._drop else "stall",
+            patience=None if stall is None else lambda: stall,
+            rank=rank,
+            world=world,
+        )
+        atexit.register(self.close)
+
+    def compile(
+        self,
+        graph: torch.fx.GraphModule,
+        example_inputs: Sequence[Any],
+        inner: str | Callable[..., Any],
+        *,
+        options: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Callable[..., Any]:
+        """Rewrite a traced graph and compile it with ``inner``."""
+        attachment = self._attachment
+        if attachment is None:
+            raise InstrumentationError("attach the model before its graphs are compiled")
+        captured = CaptureBackend(attachment.marker, attachment.finder, None, inner, options=options)
+        compiled = captured(graph, example_inputs, **kwargs)
+        if self._all_requests or not isinstance(inner, str):
+            return compiled
+        stripped = insert_captures(graph, lambda mark, token: False, None)
+        if stripped is None:
+            return compiled
+        # Calls in which nobody asked run the graph that they would have run without us.
+        arguments = stripped.arguments
+        plain = CaptureBackend(attachment.marker, attachment.finder, None, inner, options=options)
+        idle = plain(stripped.gm, [example_inputs[index] for index in arguments], **kwargs)
+        sink = self.sink
+
+        def run(*args: Any) -> Any:
+            if sink.armed or sink.starting:
+                return compiled(*args)
+            return idle(*[args[index] for index in arguments])
+
+        return run
+
+    def check_fired(self, max_rows: int) -> None:
+        """The engine has warmed up: every planned site must have delivered; ``max_rows`` is a call's most.
+
+        Raises:
+            InstrumentationError: one did not.
+            BufferTooSmallError: a site's rows of one call are larger than the buffer.
+        """
+        sink, session = self.sink, self._session
+        if session is None:
+            return
+        silent = [site.name for site in self.sites if site not in sink.fired]
+        if silent:
+            raise InstrumentationError(
+                f"{len(silent)} of {len(self.sites)} planned sites delivered nothing while the engine warmed up: "
+                f"{', '.join(silent[:4])}{', ...' if len(silent) > 4 else ''}. Modules outside the compiled model "
+                f"can't be captured; if it is all of them, a compile cache served a graph without captures, or the "
+                f"model runs without a traced graph under CUDA graphs: run the engine eagerly"
+            )
+        most = max(sink.fired.values()) * max_rows
+        if most > self._piece_bytes * _PIECES and not self._drop and self._max_stall_s is None:
+            raise BufferTooSmallError(
+                f"one site's rows of a full call ({max_rows} tokens) take {most} bytes, but max_memory_gb="
+                f"{self.config.max_memory_gb:g} leaves the buffer {self._piece_bytes * _PIECES}: raise it, or let "
+                f"the engine batch fewer tokens"
+            )
+        sink.starting = False
+        log.info(
+            "capturing %s: %d sites%s, into %s",
+            "all requests" if self._all_requests else "requests that ask",
+            len(self.sites),
+            " (eagerly: there is no traced graph)" if sink.eager else "",
+            self.path,
+        )
+
+    @property
+    def _piece_bytes(self) -> int:
+        # Three quarters of the bound are the values' (the writer has the rest).
+        return self.config.max_memory_bytes * 3 // 4 // _PIECES
+
+    # -- a forward call -----------------------------------------------------------------------------------------
+
+    @property
+    def is_capturing(self) -> bool:
+        return self._session is not None and self.failed is None and not self._closed
+
+    def begin_request(
+        self, engine_id: str, request_id: str, num_prompt_tokens: int, num_cached_tokens: int, wish: Any
+    ) -> None:
+        """A request is scheduled for the first time; a bad ``wish`` is logged and counted, and not captured."""
+        assert self._planner is not None
+        try:
+            self._planner.begin(engine_id, request_id, num_prompt_tokens, num_cached_tokens, wish)
+        except ValueError as error:
+            self.refused_requests += 1
+            log.warning("request %s is not captured, its argument is bad: %s", engine_id, error)
+
+    def finish_requests(self, engine_ids: Iterable[str]) -> None:
+        if self._planner is not None:
+            self._planner.finish(engine_ids)
+
+    def arm(self, scheduled: Iterable[Scheduled]) -> bool:
+        """Before a forward call: whether it has rows to keep."""
+        assert self._planner is not None
+        self.sink.armed = self.is_capturing and self._planner.any_wanted(scheduled)
+        return self.sink.armed
+
+    def store(self, scheduled: Sequence[Scheduled], token_ids: torch.Tensor | None) -> None:
+        """After an armed call: bring the wanted rows to the file; ``scheduled`` in the order of the batch's rows.
+
+        Never raises: a failure switches the capture off, and the engine goes on.
+        """
+        try:
+            self._store(scheduled, token_ids)
+        except Exception as error:
+            self.switch_off(error)
+        failure = self._session.failure if self._session is not None else None
+        if failure is not None and self.failed is None:
+            self.switch_off(failure)
+
+    def _store(self, scheduled: Sequence[Scheduled], token_ids: torch.Tensor | None) -> None:
+        assert self._planner is not None
+        values = self.sink.take()
+        missing = len(self.sites) - len({site for site, _ in values})
+        if missing:
+            raise InstrumentationError(
+                f"{missing} of {len(self.sites)} planned sites delivered nothing in a call"
+            )
+        total = sum(count for _, _, count in scheduled)
+        for group in self._planner.plan(scheduled):
+            wanted = [
+                (site, value) for site, value in values if group.sites is None or site.name in group.sites
+            ]
+            self._store_group(group, wanted, token_ids, total)
+
+    def _store_group(
+        self,
+        group: Group,
+        values: Sequence[tuple[Site, torch.Tensor]],
+        token_ids: torch.Tensor | None,
+        total: int,
+    ) -> None:
+        session, planner = self._session, self._planner
+        assert session is not None and planner is not None
+        rows = torch.from_numpy(group.rows())
+        inputs = {ROWS_INPUT: encode_rows(group.runs)}
+        if group.new_requests:
+            inputs[NEW_INPUT] = encode_new(group.new_requests)
+        if token_ids is not None:
+            inputs[TOKENS_INPUT] = _gather(token_ids, rows, total)
+        before = session.dropped_inputs
+        session.begin_step(inputs)
+        try:
+            if session.dropped_inputs != before:
+                planner.announce_again(group)
+            for sites, sources in _pieces(values, len(rows), self._piece_bytes):
+                num_bytes = sum(source[0].nbytes for source in sources) * len(rows)
+                ticket = session.reserve(sites, num_bytes)
+                kept = () if ticket.dropped else [_gather(source, rows, total) for source in sources]
+                session.deliver(ticket, sites, kept, None)
+        finally:
+            session.end_step()
+
+    def switch_off(self, error: BaseException) -> None:
+        """End the capture, say so once, and let the engine go on."""
+        if self.failed is None:
+            self.failed = repr(error)
+            log.error("capturing into %s is switched off, the engine goes on: %r", self.path, error)
+        self.sink.take()
+
+    # -- ending -------------------------------------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any] | None:
+        """What was captured so far, as ``Capture.report`` has it; None where another worker stores."""
+        if self._session is None:
+            return None
+        return {
+            "path": str(self.path),
+            "failed": self.failed,
+            "refused_requests": self.refused_requests,
+            **self._session.report.to_dict(),
+        }
+
+    def close(self) -> None:
+        """Write the index and close the file; the engine goes on without capturing."""
+        atexit.unregister(self.close)
+        session = self._session
+        if session is None or self._closed:
+            return
+        self._closed = True
+        self.sink.take()
+        session.close()
+
+
+def _gather(source: torch.Tensor, rows: torch.Tensor, total: int) -> torch.Tensor:
+    """Rows of a step's value in memory of their own, but for a CPU's value that is kept whole."""
+    if source.shape[0] < total:
+        raise InstrumentationError(f"a value has {source.shape[0]} rows, the step has {total} tokens")
+    if len(rows) == total == source.shape[0] and source.device.type == "cpu":
+        return source
+    return source.index_select(0, rows.to(source.device, non_blocking=True))
+
+
+def _pieces(
+    values: Sequence[tuple[Site, torch.Tensor]], num_rows: int, piece_bytes: int
+) -> Iterator[tuple[list[Site], list[torch.Tensor]]]:
+    sites: list[Site] = []
+    sources: list[torch.Tensor] = []
+    size = 0
+    for site, value in values:
+        num_bytes = value[0].nbytes * num_rows
+        if sites and size + num_bytes > piece_bytes:
+            yield sites, sources
+            sites, sources, size = [], [], 0
+        sites.append(site)
+        sources.append(value)
+        size += num_bytes
+    if sites:
+        yield sites, sources

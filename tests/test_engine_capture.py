@@ -1,0 +1,267 @@
+"""An engine that batches requests, on a small compiled model: every row comes back under its request and position."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fx_instrument import InstrumentationConfig, analyze_activations, open_stream
+from fx_instrument.engine_capture import EngineCapture
+from fx_instrument.errors import BufferTooSmallError, InstrumentationError, MissingRecordError
+
+HIDDEN = 16
+SITES = [f"layers.{i}.{kind}" for i in range(2) for kind in ("self_attn", "mlp")]
+
+
+class Mixer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(HIDDEN, 32)
+        self.down = nn.Linear(32, HIDDEN)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).relu())
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = Mixer()
+        self.mlp = Mixer()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.self_attn(x)
+        out = self.mlp(x)
+        # In place, as engines' fused norms do: the capture must have taken the value before.
+        out += x
+        return out
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(50, HIDDEN)
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Engine:
+    """Batches chunks of requests into one flat, padded call, as inference engines do."""
+
+    def __init__(self, path: Path, *, compiled: bool = True, config: Any = None, **options: Any) -> None:
+        settings: dict[str, Any] = {"all_requests": True, "mode": "w", "drop": False, "max_stall_s": None}
+        settings.update(options)
+        config = config or InstrumentationConfig(max_memory_gb=0.1)
+        self.capture = EngineCapture(config, path, engine="test", **settings)
+        self.model = Model()
+        self.graphs = 0
+        self.capture.attach(self.model, 0, 1)
+        self.run: Any = (
+            torch.compile(self.model, backend=self._compile, dynamic=True) if compiled else self.model
+        )
+        self.prompts: dict[str, list[int]] = {}
+        with torch.no_grad():
+            self.run(torch.zeros(8, dtype=torch.int64))
+        self.capture.check_fired(64)
+
+    def _compile(self, gm: Any, inputs: Any) -> Any:
+        self.graphs += 1
+        return self.capture.compile(gm, inputs, "eager")
+
+    def add(self, name: str, tokens: list[int], wish: Any = None, *, cached: int = 0) -> None:
+        self.prompts[name] = tokens
+        self.capture.begin_request(f"{name}-00", name, len(tokens), cached, wish)
+
+    def step(self, batch: list[tuple[str, int, int]], padding: int = 3) -> torch.Tensor:
+        ids = torch.tensor(
+            [t for name, first, count in batch for t in self.prompts[name][first : first + count]]
+        )
+        scheduled = [(f"{name}-00", first, count) for name, first, count in batch]
+        armed = self.capture.arm(scheduled)
+        padded = torch.cat([ids, torch.zeros(padding, dtype=torch.int64)])
+        with torch.no_grad():
+            out: torch.Tensor = self.run(padded)
+        if armed:
+            self.capture.store(scheduled, padded.to(torch.int32))
+        return out
+
+    def expected(self, name: str) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        model = Model()
+        for site in SITES:
+            model.get_submodule(site).register_forward_hook(
+                lambda module, args, out, site=site: found.__setitem__(site, out.clone())
+            )
+        with torch.no_grad():
+            model(torch.tensor(self.prompts[name]))
+        return found
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("all_requests", [True, False])
+def test_every_row_at_its_request_and_position(tmp_path: Path, compiled: bool, all_requests: bool) -> None:
+    """Chunked, mixed, padded and recomputed rows are stored once, under their request and position."""
+    engine = Engine(tmp_path / "out.stream", compiled=compiled, all_requests=all_requests)
+    wish = None if all_requests else True
+    engine.add("a", list(range(10)), wish)
+    engine.add("b", list(range(20, 27)), wish)
+    engine.add("silent", [1, 2, 3], False if all_requests else None)
+    engine.step([("a", 0, 4)])
+    engine.step([("silent", 0, 3), ("b", 0, 5), ("a", 4, 1)])
+    engine.step([("a", 5, 5), ("b", 5, 2)], padding=0)
+    engine.step([("b", 0, 7)])  # preempted and computed again
+    engine.capture.close()
+    with open_stream(tmp_path / "out.stream") as stream:
+        assert stream.requests == ("a", "b")
+        assert stream.num_steps == 3
+        for name in stream.requests:
+            request = stream.request(name)
+            assert list(request) == SITES
+            assert request.token_ids() == dict(enumerate(engine.prompts[name]))
+            for site, expected in engine.expected(name).items():
+                rows = request[site]
+                assert rows.token_positions.tolist() == list(range(len(engine.prompts[name])))
+                assert rows.missing_positions.numel() == 0
+                torch.testing.assert_close(rows.tensor(), expected)
+        with pytest.raises(MissingRecordError, match="no rows of a request 'silent'"):
+            stream.request("silent")
+    assert analyze_activations(tmp_path / "out.stream")["sites"]["layers.0.mlp"]["tokens"] == 17
+
+
+def test_steps_nobody_asked_for_run_the_plain_graph(tmp_path: Path) -> None:
+    """With opt-in, a call without a wanted row delivers nothing and gives the same bits."""
+    engine = Engine(tmp_path / "out.stream", all_requests=False)
+    engine.add("quiet", [1, 2, 3])
+    engine.add("asks", [1, 2, 3], "all")
+    engine.capture.sink.fired.clear()
+    quiet = engine.step([("quiet", 0, 3)])
+    asked = engine.step([("asks", 0, 3)])
+    assert torch.equal(quiet, asked)
+    assert engine.graphs == 1
+    engine.capture.close()
+    with open_stream(tmp_path / "out.stream") as stream:
+        assert stream.requests == ("asks",)
+
+
+def test_choices(tmp_path: Path) -> None:
+    """Each request gets its own layers, roles and positions."""
+    engine = Engine(tmp_path / "out.stream")
+    tokens = list(range(6))
+    engine.add("last", tokens, {"positions": "last", "layers": [1]})
+    engine.add("some", tokens, {"positions": [1, 4], "roles": ["mlp"]})
+    engine.add("bad", tokens, {"positions": "everywhere"})
+    engine.step([("some", 0, 3), ("bad", 0, 6), ("last", 0, 6)])
+    engine.step([("some", 3, 3)])
+    assert engine.capture.refused_requests == 1
+    engine.capture.close()
+    with open_stream(tmp_path / "out.stream") as stream:
+        assert set(stream.requests) == {"last", "some"}
+        last, some = stream.request("last"), stream.request("some")
+        assert list(last) == ["layers.1.self_attn", "layers.1.mlp"]
+        assert last["layers.1.mlp"].token_positions.tolist() == [5]
+        assert list(some) == ["layers.0.mlp", "layers.1.mlp"]
+        assert some["layers.0.mlp"].token_positions.tolist() == [1, 4]
+        expected = engine.expected("some")["layers.0.mlp"][[1, 4]]
+        torch.testing.assert_close(some["layers.0.mlp"].tensor(), expected)
+        with pytest.raises(MissingRecordError, match="not asked for"):
+            some["layers.0.self_attn"]
+
+
+def test_positions_that_a_prefix_hit_spared_are_missing(tmp_path: Path) -> None:
+    """Rows start at the position that the engine computed first; what came before is reported, not guessed."""
+    engine = Engine(tmp_path / "out.stream")
+    engine.add("hit", list(range(8)), cached=4)
+    engine.step([("hit", 4, 4)])
+    engine.capture.close()
+    with open_stream(tmp_path / "out.stream") as stream:
+        request = stream.request("hit")
+        assert request.num_cached_tokens == 4
+        rows = request["layers.0.mlp"]
+        assert rows.token_positions.tolist() == [4, 5, 6, 7]
+        assert rows.missing_positions.tolist() == [0, 1, 2, 3]
+        torch.testing.assert_close(rows.tensor(), engine.expected("hit")["layers.0.mlp"][4:])
+
+
+def test_an_id_that_a_client_uses_twice(tmp_path: Path) -> None:
+    """The second request of one id is found under the engine's own id."""
+    engine = Engine(tmp_path / "out.stream")
+    engine.add("x", [1, 2])
+    engine.prompts["y"] = [3, 4, 5]
+    engine.capture.begin_request("y-00", "x", 3, 0, None)
+    engine.step([("x", 0, 2), ("y", 0, 3)])
+    engine.capture.close()
+    with open_stream(tmp_path / "out.stream") as stream:
+        assert stream.requests == ("x", "y-00")
+        assert len(stream.request("y-00")["layers.0.mlp"]) == 3
+
+
+def test_calls_larger_than_the_buffer_go_in_pieces(tmp_path: Path) -> None:
+    """A call whose values are larger than the buffer is stored whole: its sites go one after the other."""
+    engine = Engine(tmp_path / "out.stream", config=InstrumentationConfig(max_memory_gb=0.01))
+    tokens = [index % 50 for index in range(40_000)]
+    engine.add("long", tokens)
+    engine.step([("long", 0, len(tokens))])
+    assert engine.capture.failed is None
+    engine.capture.close()
+    with open_stream(tmp_path / "out.stream") as stream:
+        assert stream.raw_bytes == 4 * len(tokens) * HIDDEN * 4
+        rows = stream.request("long")["layers.1.mlp"]
+        torch.testing.assert_close(rows.tensor(), engine.expected("long")["layers.1.mlp"])
+
+
+def test_a_site_that_never_runs_is_an_error_at_start(tmp_path: Path) -> None:
+    """A planned site that delivers nothing while the engine warms up is refused, by name."""
+    capture = EngineCapture(
+        InstrumentationConfig(),
+        tmp_path / "out.stream",
+        all_requests=True,
+        mode="w",
+        drop=False,
+        max_stall_s=None,
+        engine="test",
+    )
+    model = Model()
+    capture.attach(model, 0, 1)
+    model.layers[0](torch.zeros(2, HIDDEN))
+    with pytest.raises(InstrumentationError, match=r"2 of 4 planned sites.*layers\.1\.self_attn"):
+        capture.check_fired(64)
+    capture.close()
+
+
+def test_a_buffer_too_small_for_a_full_call_is_an_error_at_start(tmp_path: Path) -> None:
+    """The engine's largest call must fit, site by site; the message names both sizes."""
+    engine = Engine(tmp_path / "out.stream", config=InstrumentationConfig(max_memory_gb=0.01))
+    with pytest.raises(BufferTooSmallError, match=r"64000000 bytes.*max_memory_gb=0\.01"):
+        engine.capture.check_fired(1_000_000)
+    engine.capture.close()
+
+
+def test_a_failure_switches_off_and_the_engine_goes_on(tmp_path: Path) -> None:
+    """After a failure calls run on, nothing more is captured, and the report says why."""
+    engine = Engine(tmp_path / "out.stream")
+    engine.add("a", [1, 2, 3])
+    assert engine.capture.arm([("a-00", 0, 3)])
+    engine.capture.store([("a-00", 0, 3)], None)  # no values: no forward call was made
+    assert "delivered nothing" in str(engine.capture.failed)
+    engine.step([("a", 0, 3)])
+    report = engine.capture.report()
+    assert report is not None and report["records"] == 0
+    engine.capture.close()
+    assert open_stream(tmp_path / "out.stream").requests == ()
+
+
+def test_the_file_is_private(tmp_path: Path) -> None:
+    """Activations reveal prompts: only the user may read the file."""
+    engine = Engine(tmp_path / "out.stream")
+    engine.capture.close()
+    assert (tmp_path / "out.stream").stat().st_mode & 0o077 == 0
