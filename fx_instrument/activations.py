@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .dtypes import torch_dtype, widened
 from .errors import CorruptStreamError, MissingRecordError, UnsupportedStreamError
 from .requests import Request, RequestTable
 from .sampling import num_samples, positions
@@ -233,7 +235,6 @@ class ActivationStream:
         self._names = {site.id: site.name for site in self.sites}
         self._inputs = {site.name: site.id for site in reader.sites if site.role == INPUT_ROLE}
         self._last_positions: tuple[int, int, npt.NDArray[np.int64]] | None = None
-        self._table: RequestTable | None = None
 
     @property
     def codec(self) -> str:
@@ -355,23 +356,18 @@ class ActivationStream:
                 found[name] = Record(self, name, refs[0]).tensor()
         return found
 
+    @functools.cached_property
+    def _table(self) -> RequestTable:
+        return RequestTable(self)
+
     @property
     def requests(self) -> tuple[str, ...]:
-        """Ids of the requests whose rows a server's capture holds, in order of appearance; else empty."""
-        return self._requests().ids
+        """Ids of the requests whose rows an engine's capture holds, in order of appearance."""
+        return self._table.ids
 
     def request(self, request_id: str) -> Request:
-        """One request's rows by site: ``stream.request(id)[site].tensor()``, ``.token_positions``.
-
-        Raises:
-            MissingRecordError: (a KeyError) the stream has no such request.
-        """
-        return self._requests().request(request_id)
-
-    def _requests(self) -> RequestTable:
-        if self._table is None:
-            self._table = RequestTable(self)
-        return self._table
+        """One request's rows by site; MissingRecordError (a KeyError) if there is none."""
+        return self._table.request(request_id)
 
     def verify(self) -> list[Damage]:
         """Compare every byte with its checksums, and each index with its blocks; empty if all is well."""
@@ -420,23 +416,3 @@ class ActivationStream:
             return f"near it are {', '.join(map(repr, near))}"
         names = list(self._ids)
         return f"its sites are {', '.join(map(repr, names[:5]))}{' ...' if len(names) > 5 else ''}"
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a stream's dtype name.
-
-    Raises:
-        UnsupportedStreamError: torch has no such dtype.
-    """
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise UnsupportedStreamError(f"torch {torch.__version__} has no dtype {name!r}")
-    return dtype
-
-
-def widened(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` in a dtype that NumPy has: bfloat16 and float8 become float32, which holds them exactly."""
-    # numpy knows half, float and double; every other floating dtype of torch is a narrower one.
-    if tensor.dtype.is_floating_point and tensor.dtype not in (torch.float16, torch.float32, torch.float64):
-        return tensor.to(torch.float32)
-    return tensor

@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .activations import ActivationStream, Record, widened
+from .activations import ActivationStream, Record
 from .analysis import describe
+from .dtypes import widened
 from .errors import MissingPackageError
 from .token_rows import TokenRows
 
