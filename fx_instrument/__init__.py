@@ -26,6 +26,8 @@ from .errors import (
 from .export import export_stream
 from .framework import InstrumentationFramework
 from .graph.sites import Site
+from .graph.trace import GraphBreak
+from .plan import Compression, Plan, SitePlan
 from .repair import recover_stream
 from .serving import Recorder, RecorderReport
 from .version import __version__
@@ -38,7 +40,9 @@ __all__ = [
     "CaptureActiveError",
     "CaptureFailedError",
     "CaptureReport",
+    "Compression",
     "CorruptStreamError",
+    "GraphBreak",
     "HookConfig",
     "HookGranularity",
     "InstrumentationConfig",
@@ -52,8 +56,10 @@ __all__ = [
     "NotInstrumentedError",
     "Recorder",
     "RecorderReport",
+    "Plan",
     "RewriteError",
     "Site",
+    "SitePlan",
     "StreamError",
     "TruncatedStreamError",
     "UnsupportedStreamError",

@@ -29,6 +29,7 @@ from .graph.attach import Attachment, check_free, inner_module
 from .graph.backend import CaptureBackend, InnerBackend
 from .graph.rewrite import Sampling
 from .graph.sites import Site, choose_sites
+from .plan import Plan, plan_model
 from .version import __version__
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class InstrumentationFramework:
         self.config = config if config is not None else InstrumentationConfig()
         self._attachment: Attachment | None = None
         self._backend_name = ""
+        self._compile_options: dict[str, Any] = {}
         self._capture: object | None = None
 
     @property
@@ -92,6 +94,7 @@ class InstrumentationFramework:
         sites = choose_sites(inner_module(model), self.config)
         if backend == "inductor":
             _check_compiler(model)
+        self._compile_options = dict(compile_options)
         attachment = Attachment(model, sites)
         try:
             if backend is None:
@@ -176,6 +179,24 @@ class InstrumentationFramework:
         if on_full not in ("stall", "drop"):
             raise ValueError(f"on_full must be 'stall' or 'drop', got {on_full!r}")
         return Capture(self, output_path, mode=mode, on_full=on_full, progress=progress)
+
+    def plan(self, model: nn.Module, *args: Any, **kwargs: Any) -> Plan:
+        """What a capture of calls like ``model(*args, **kwargs)`` would record, and what it would take.
+
+        Traces and runs one forward call of a twin that shares the model's parameters, instrumented or not; the
+        model, the arguments, random states and compiled code stay as they are, and nothing is recorded. The twin
+        runs the traced graphs without compiling them.
+
+        Raises:
+            NoSitesError: as ``instrument_model``.
+            RewriteError: a site can't be captured exactly; the message says why.
+            InstrumentationError: the model's modules can't be copied.
+        """
+        inner = inner_module(model)
+        ours = self._attachment is not None and self._attachment.model is inner
+        sites = self.sites if ours else choose_sites(inner, self.config)
+        dynamic = self._compile_options.get("dynamic") if ours else None
+        return plan_model(inner, sites, self.config, args, kwargs, dynamic=dynamic)
 
     def analyze_activations(self, data_path: StreamSource) -> dict[str, Any]:
         """What stream files hold and what their values look like; see ``fx_instrument.analyze_activations``."""

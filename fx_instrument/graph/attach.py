@@ -45,18 +45,14 @@ class Attachment:
         self._handles: list[RemovableHandle] = [
             module.register_forward_hook(self.marker) for module in self._marked
         ]
-        self._input_names = _positional_names(inner)
+        self._input_names = positional_names(inner)
         self._before: list[tuple[nn.Module, Any]] = []
         self._generation_config: tuple[Any, Any] | None = None
 
     def compile(self, backend: Callable[..., Any], **options: Any) -> None:
         """Compile the model in place, so that ``model(...)`` and ``model.generate(...)`` run the rewritten graph."""
         model = self.model
-        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-            # Dynamo keeps compiled code by code object, which all instances of a class share. Entries of its own
-            # give each model, and each of its two variants, the whole recompile limit (8), and keep the guards of
-            # one out of the other's lookups.
-            options["isolate_recompiles"] = True
+        options.update(isolation())
         idle, capturing = (torch.compile(model._call_impl, backend=backend, **options) for _ in range(2))
         for module in (model,) if self._outer is None else (model, self._outer):
             # In the instance's __dict__, as Module.compile leaves it; absent where only the class has it.
@@ -172,7 +168,7 @@ class CountedCall:
             self._gate.leave()
 
     def _capture(self, sink: Sink, args: Any, kwargs: Any) -> Any:
-        sink.begin_step(_integer_inputs(self._input_names, args, kwargs))
+        sink.begin_step(integer_inputs(self._input_names, args, kwargs))
         try:
             return self._capturing(*args, **kwargs)
         except BackendCompilerFailed as failure:
@@ -195,7 +191,7 @@ class _BeginStep:
         if not self._marker.capturing:
             return
         if torch.compiler.is_dynamo_compiling():
-            inputs = _integer_inputs(self._input_names, args, kwargs)
+            inputs = integer_inputs(self._input_names, args, kwargs)
             step_begin(tuple(inputs), *inputs.values())
         else:
             self._begin(args, kwargs)
@@ -203,7 +199,7 @@ class _BeginStep:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, args: Any, kwargs: Any) -> None:
         if self._marker.sink is not None:
-            self._marker.sink.begin_step(_integer_inputs(self._input_names, args, kwargs))
+            self._marker.sink.begin_step(integer_inputs(self._input_names, args, kwargs))
 
 
 class _EndStep:
@@ -225,12 +221,24 @@ class _EndStep:
             self._marker.sink.end_step()
 
 
-def _positional_names(model: nn.Module) -> tuple[str, ...]:
+def isolation() -> dict[str, Any]:
+    """The compile option for Dynamo entries of one's own; torch 2.11 has none.
+
+    Dynamo keeps compiled code by code object, which all instances of a class share. Entries of its own give each
+    model, and each of its two variants, the whole recompile limit (8), and keep the guards of one out of the other's
+    lookups.
+    """
+    known = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    return {"isolate_recompiles": True} if known else {}
+
+
+def positional_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of ``forward`` that can be given by position."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds)
 
 
-def _integer_inputs(
+def integer_inputs(
     names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
     """The integer and boolean tensors of at most two dimensions among a call's arguments, by name.
@@ -250,3 +258,8 @@ def _integer_inputs(
         elif value.dim() <= 2 and not value.is_floating_point() and not value.is_complex():
             inputs[name] = value
     return inputs
+
+
+def is_ours(installed: object) -> bool:
+    """One of the hooks that an attachment installs."""
+    return isinstance(installed, (Marker, _BeginStep, _EndStep))

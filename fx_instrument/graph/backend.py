@@ -138,6 +138,7 @@ class CapturedGraph:
         self._compiled = compiled
         self._marker = marker
         self._finder = finder
+        self.planned = rewritten.planned
         self._num_outputs = rewritten.num_outputs
         self._begins, self._ends = rewritten.begins_step, rewritten.ends_step
         self._input_names, self._inputs = rewritten.input_names, rewritten.inputs
