@@ -13,7 +13,12 @@ from written import write_stream
 
 from fx_instrument.activations import open_stream
 from fx_instrument.config import HookConfig
-from fx_instrument.errors import InstrumentationError, MissingRecordError, TruncatedStreamError
+from fx_instrument.errors import (
+    CorruptStreamError,
+    InstrumentationError,
+    MissingRecordError,
+    TruncatedStreamError,
+)
 from fx_instrument.sampling import positions
 
 ATTN, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
@@ -235,3 +240,36 @@ def test_what_is_no_stream_is_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(InstrumentationError):
             open_stream(path)
+
+
+def test_reading_without_a_copy_shares_the_file_and_never_changes_it(tmp_path, steps):
+    """copy=False gives tensors over the mapped file where values lie in it, the same values everywhere else."""
+    for codec in ("none", "zstd"):
+        path = write_stream(tmp_path / f"{codec}.stream", steps, codec=codec)
+        before = path.read_bytes()
+        stream = open_stream(path)
+        for site in (ATTN, MLP):
+            for step, record in enumerate(stream[site]):
+                shared = record.tensor(copy=False)
+                assert torch.equal(shared, steps[step][site])
+                assert shared.dtype == steps[step][site].dtype
+                again = stream.record(site, step).tensor(copy=False)
+                assert (again.data_ptr() == shared.data_ptr()) == (codec == "none")
+                array = record.numpy(copy=False)
+                assert not array.flags.writeable
+                assert np.array_equal(array, record.numpy())
+        kept = stream[ATTN][0].tensor(copy=False)
+        stream.close()
+        assert torch.equal(kept, steps[0][ATTN])
+        kept.zero_()
+        assert path.read_bytes() == before
+
+
+def test_reading_without_a_copy_still_finds_a_flipped_bit(tmp_path, steps):
+    path = write_stream(tmp_path / "a.stream", steps, codec="none")
+    data = bytearray(path.read_bytes())
+    place = bytes(data).index(steps[0][ATTN].numpy().tobytes()[:64])
+    data[place] ^= 1
+    path.write_bytes(data)
+    with open_stream(path) as stream, pytest.raises(CorruptStreamError, match="checksum"):
+        stream[ATTN][0].tensor(copy=False)

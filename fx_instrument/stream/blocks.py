@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ..errors import CorruptStreamError, UnsupportedStreamError
 from .frames import ALIGNMENT, BLOCK, FRAME_HEAD, Bytes, write_frame
-from .records import DTYPE_NAMES
+from .records import DTYPE_NAMES, record_bytes
 
 MAX_PAGE_BYTES = 4 << 20
 """Most raw bytes of one block: the largest block of an LZ4 frame, so that a stored page is contiguous."""
@@ -161,6 +161,10 @@ class Directory:
     """Structured, ``ROW_DTYPE``."""
     sizes: npt.NDArray[np.int64]
     shapes: list[Shape] = field(default_factory=list)
+
+    def record_sizes(self, dtype: str) -> npt.NDArray[np.int64]:
+        """Bytes of a whole record of each shape; 2**62 where it is more."""
+        return np.array([min(record_bytes(dtype, shape), 1 << 62) for shape, _ in self.shapes], np.int64)
 
 
 def read_directory(raw: Bytes, header: BlockHeader) -> Directory:

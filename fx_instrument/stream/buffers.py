@@ -1,14 +1,17 @@
-"""Memory for decoded pages that is used again."""
+"""Memory for decoded pages: used again, and the last few kept."""
 
 from __future__ import annotations
 
 import sys
 import threading
+from collections import OrderedDict
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 U8 = npt.NDArray[np.uint8]
+_V = TypeVar("_V")
 
 _KEPT = 8
 _MAX_BYTES = 16 << 20
@@ -40,3 +43,26 @@ class BufferPool:
             self._buffers.append(buffer)
             del self._buffers[:-_KEPT]
             return buffer[:]
+
+
+class LastUsed(OrderedDict[tuple[int, int], _V]):
+    """The last few values by (segment, block)."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+        self.lock = threading.Lock()
+
+    def lookup(self, key: tuple[int, int]) -> _V | None:
+        with self.lock:
+            value = self.get(key)
+            if value is not None:
+                self.move_to_end(key)
+            return value
+
+    def keep(self, key: tuple[int, int], value: _V) -> None:
+        with self.lock:
+            self[key] = value
+            self.move_to_end(key)
+            while len(self) > self.limit:
+                self.popitem(last=False)

@@ -30,7 +30,7 @@ from .payload import (
     Plane,
     build_payload,
     stored_zstd_bytes,
-    stored_zstd_plane,
+    stored_zstd_chunks,
 )
 from .quantise import DTYPES as QUANTISABLE
 from .quantise import Layout, quantise, split_codes
@@ -226,14 +226,6 @@ class _ThreadState(threading.local):
     def __init__(self) -> None:
         self.decompressor = zstandard.ZstdDecompressor()
         self.planes = filters.Planes()
-        self._scratches: dict[int, U8] = {}
-
-    def scratch(self, plane: int, num_bytes: int) -> U8:
-        """Memory for a stored plane until the thread's next page."""
-        kept = self._scratches.get(plane)
-        if kept is None or len(kept) < num_bytes:
-            kept = self._scratches[plane] = np.empty(num_bytes, np.uint8)
-        return kept[:num_bytes]
 
 
 _thread_state = _ThreadState()
@@ -269,11 +261,16 @@ def decode_directory(header: BlockHeader, stored: Bytes) -> bytes:
     return unpack(stored, header.directory_raw_bytes)
 
 
+def is_in_place(header: BlockHeader) -> bool:
+    """Whether the page is stored as it is, in one piece."""
+    lz4_family = header.codec != CODEC_CODES["zstd"]
+    stored = header.filter == filters.PLAIN and header.plane_encodings[0] == STORED
+    return lz4_family and stored and header.raw_bytes > 0
+
+
 def page_in_place(header: BlockHeader, payload: memoryview) -> U8 | None:
     """The page as a view on its payload, where it is stored in one piece; else None."""
-    if header.codec == CODEC_CODES["zstd"] or header.filter != filters.PLAIN:
-        return None
-    if header.plane_encodings[0] != STORED or not header.raw_bytes:
+    if not is_in_place(header):
         return None
     data = payload[LEAD_BYTES : LEAD_BYTES + header.raw_bytes]
     if len(data) != header.raw_bytes or header.plane_bytes[0] != header.raw_bytes:
@@ -288,8 +285,7 @@ def decode_page(header: BlockHeader, payload: memoryview, out: U8 | None = None)
     page = np.empty(header.raw_bytes, np.uint8) if out is None else out
     lz4_family = header.codec != CODEC_CODES["zstd"]
     sizes = filters.plane_sizes(header.filter, header.raw_bytes)
-    plain = header.filter == filters.PLAIN
-    planes: list[U8] = []
+    planes: list[U8 | list[U8]] = []
     position = len(LZ4_FRAME_HEAD) if lz4_family else 0
     for size, stored_bytes, encoding in zip(sizes, header.plane_bytes, header.plane_encodings, strict=False):
         if lz4_family and stored_bytes:
@@ -298,17 +294,18 @@ def decode_page(header: BlockHeader, payload: memoryview, out: U8 | None = None)
         position += stored_bytes
         if len(data) != stored_bytes:
             raise CorruptStreamError("the planes of a block are longer than its payload")
-        scratch = page if plain else _thread_state.scratch(len(planes), size or len(data))
-        planes.append(_decode_plane(data, size, encoding, lz4_family, scratch))
-    if not plain:
+        planes.append(_decode_plane(data, size, encoding, lz4_family))
+    if header.filter != filters.PLAIN:
         _thread_state.planes.join(header.filter, planes, page)
-    elif planes[0] is not page:
+    elif isinstance(planes[0], np.ndarray):
         np.copyto(page, planes[0])
+    elif planes[0]:
+        np.concatenate(planes[0], out=page)
     return page
 
 
-def _decode_plane(data: memoryview, size: int | None, encoding: int, lz4_family: bool, scratch: U8) -> U8:
-    """A plane: a view on decompressed bytes or on a stored block, or ``scratch`` filled."""
+def _decode_plane(data: memoryview, size: int | None, encoding: int, lz4_family: bool) -> U8 | list[U8]:
+    """A plane: decompressed, or views on a stored block or the raw blocks of a stored frame."""
     if encoding == COMPRESSED and size is not None:
         return np.frombuffer((_unlz4 if lz4_family else _unzstd)(data, size), np.uint8)
     if encoding != STORED:
@@ -316,7 +313,7 @@ def _decode_plane(data: memoryview, size: int | None, encoding: int, lz4_family:
             f"this version does not know encoding {encoding} of a plane of {size} bytes"
         )
     if not lz4_family:
-        return stored_zstd_plane(data, scratch[: stored_zstd_bytes(len(data)) if size is None else size])
+        return stored_zstd_chunks(data, stored_zstd_bytes(len(data)) if size is None else size)
     if size is not None and len(data) != size:
         raise CorruptStreamError(f"a stored plane has {len(data)} bytes where {size} are due")
     return np.frombuffer(data, np.uint8)

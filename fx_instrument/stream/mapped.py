@@ -65,8 +65,9 @@ def map_file(path: AnyPath, *, recover: bool) -> MappedFile:
         size = os.fstat(file.fileno()).st_size
         if not size:
             raise TruncatedStreamError(f"{name} is empty: not even a prolog was written")
-        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-    found = MappedFile(name, mapped, memoryview(mapped), [], [])
+        # Private memory: whoever writes into a tensor that shares it changes neither the file nor crashes.
+        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+    found = MappedFile(name, mapped, memoryview(mapped).toreadonly(), [], [])
     try:
         if recover:
             recovery = recover_segments(found.data)

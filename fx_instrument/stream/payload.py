@@ -120,17 +120,18 @@ def _raw_zstd_frame(buffers: Iterable[U8], total: int) -> list[Piece]:
     return pieces
 
 
-def stored_zstd_plane(data: memoryview, plane: U8) -> U8:
-    """``plane`` filled from a hand-built zstd frame, without the decompressor's two passes."""
+def stored_zstd_chunks(data: memoryview, plane_bytes: int) -> list[U8]:
+    """A plane in a hand-built zstd frame as views on its raw blocks, without the decompressor's two passes."""
     position = _ZSTD_RAW_HEAD.size
-    for start in range(0, len(plane), _ZSTD_BLOCK_BYTES):
-        size = min(_ZSTD_BLOCK_BYTES, len(plane) - start)
+    chunks = []
+    for start in range(0, plane_bytes, _ZSTD_BLOCK_BYTES):
+        size = min(_ZSTD_BLOCK_BYTES, plane_bytes - start)
         position += 3
         if position + size > len(data):
             raise CorruptStreamError("a stored plane is shorter than its page")
-        plane[start : start + size] = np.frombuffer(data, np.uint8, size, position)
+        chunks.append(np.frombuffer(data, np.uint8, size, position))
         position += size
-    return plane
+    return chunks
 
 
 def stored_zstd_bytes(frame_bytes: int) -> int:

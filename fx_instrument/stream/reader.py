@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+import mmap
 import os
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, TypeVar, overload
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import CorruptStreamError, StreamError
-from .buffers import BufferPool
-from .codec import decode_page, page_in_place
-from .mapped import AnyPath, map_files, place_segments
-from .records import Damage, SiteEntry, StreamPart, record_bytes
+from .ahead import default_threads, done_ahead
+from .buffers import BufferPool, LastUsed
+from .codec import decode_page, is_in_place, page_in_place
+from .mapped import AnyPath, MappedFile, map_files, place_segments
+from .payload import LEAD_BYTES
+from .records import Damage, SiteEntry, StreamPart
+from .refs import PART_DTYPE, RecordRef, SiteRecords
 from .segments import Block, load_block
 
 U8 = npt.NDArray[np.uint8]
-_V = TypeVar("_V")
 
 _CACHED_BLOCKS = 64
 _CACHED_PAGES = 4
@@ -29,97 +30,8 @@ _FORGET_BYTES = 16 << 20
 """Mapped pages count as the process's memory: a scan gives them back so often, else it grows to the file's size."""
 
 
-@dataclass(frozen=True, slots=True)
-class RecordRef:
-    """A record of a file: what it is, and where it lies."""
-
-    site_id: int
-    step: int
-    call: int
-    dtype: str
-    shape: tuple[int, ...]
-    full_shape: tuple[int, ...] | None
-    rank: int
-    """Which process captured it."""
-    segment: int
-    """Which of the reader's segments it is of, from 0."""
-    _parts: tuple[tuple[int, int], ...]
-    """(block of the segment, row of its directory), in the order of the bytes."""
-
-    @property
-    def num_bytes(self) -> int:
-        return record_bytes(self.dtype, self.shape)
-
-
-class _Cache(OrderedDict[tuple[int, int], _V]):
-    """The last few values by (segment, block)."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__()
-        self.limit = limit
-        self.lock = threading.Lock()
-
-    def lookup(self, key: tuple[int, int]) -> _V | None:
-        with self.lock:
-            value = self.get(key)
-            if value is not None:
-                self.move_to_end(key)
-            return value
-
-    def keep(self, key: tuple[int, int], value: _V) -> None:
-        with self.lock:
-            self[key] = value
-            self.move_to_end(key)
-            while len(self) > self.limit:
-                self.popitem(last=False)
-
-
-class SiteRecords(Sequence[RecordRef]):
-    """The records of one site, ascending by step, rank and call; refs are made when looked at.
-
-    Holds 44 bytes a part of a record.
-    """
-
-    def __init__(self, reader: StreamReader, site_id: int, parts: npt.NDArray[np.void]) -> None:
-        self._reader = reader
-        self._site_id = site_id
-        self._parts = parts
-        starts = np.flatnonzero(parts["first"])
-        self._starts = np.append(starts, len(parts))
-
-    def __len__(self) -> int:
-        return len(self._starts) - 1
-
-    @overload
-    def __getitem__(self, position: int) -> RecordRef: ...
-    @overload
-    def __getitem__(self, position: slice) -> list[RecordRef]: ...
-    def __getitem__(self, position: int | slice) -> RecordRef | list[RecordRef]:
-        if isinstance(position, slice):
-            return [self[number] for number in range(*position.indices(len(self)))]
-        number = range(len(self))[position]
-        parts = self._parts[self._starts[number] : self._starts[number + 1]]
-        segment = int(parts["segment"][0])
-        places = tuple(zip(parts["block"].tolist(), parts["row"].tolist(), strict=True))
-        return self._reader._ref(segment, self._site_id, places)
-
-
 def _new_array(num_bytes: int) -> U8:
     return np.empty(num_bytes, np.uint8)
-
-
-_PART = np.dtype(
-    [
-        ("step", "<u8"),
-        ("part_offset", "<u8"),
-        ("call", "<u4"),
-        ("rank", "<u4"),
-        ("segment", "<u4"),
-        ("block", "<u4"),
-        ("row", "<u4"),
-        ("first", "<u4"),
-    ]
-)
 
 
 class StreamReader:
@@ -131,6 +43,7 @@ class StreamReader:
         recover: walk all of it and verify every checksum at once (about 0.3 s a GB); ``damage`` says what was
             skipped, and what is left reads without errors. Otherwise ``read`` and ``scan`` verify what they touch
             and raise CorruptStreamError, and ``damage`` holds what was lost before a file was resumed.
+        num_threads: how many decode pages ahead in ``scan`` and ``read_all``; None: one a core, up to four.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -140,10 +53,13 @@ class StreamReader:
         UnsupportedStreamError: a file is of a later format.
     """
 
-    def __init__(self, path: AnyPath | Sequence[AnyPath], *, recover: bool = False) -> None:
+    def __init__(
+        self, path: AnyPath | Sequence[AnyPath], *, recover: bool = False, num_threads: int | None = None
+    ) -> None:
         paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
         self.path = os.fspath(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
         self.recovered = recover
+        self.num_threads = default_threads() if num_threads is None else num_threads
         self._files, unreadable = map_files(paths, recover=recover)
         try:
             self._placed = place_segments(self._files)
@@ -152,8 +68,8 @@ class StreamReader:
             raise
         self.damage: list[Damage] = [lost for file in self._files for lost in file.damage] + unreadable
         self.segments = [placed.segment for placed in self._placed]
-        self._blocks: _Cache[Block] = _Cache(_CACHED_BLOCKS)
-        self._pages: _Cache[U8] = _Cache(_CACHED_PAGES)
+        self._blocks: LastUsed[Block] = LastUsed(_CACHED_BLOCKS)
+        self._pages: LastUsed[U8] = LastUsed(_CACHED_PAGES)
         self._pool = BufferPool()
         self._set_sites()
         self.metadata: dict[str, Any] = {
@@ -200,9 +116,7 @@ class StreamReader:
     def __enter__(self) -> StreamReader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -243,7 +157,7 @@ class StreamReader:
         except StreamError as error:
             raise file.error(error) from None
 
-    def _ref(self, segment: int, site_id: int, places: tuple[tuple[int, int], ...]) -> RecordRef:
+    def _ref(self, site_id: int, segment: int, places: tuple[tuple[int, int], ...]) -> RecordRef:
         number, position = places[0]
         block = self._block(segment, number)
         step, _, _, call, shape_id, _ = block.directory.rows[position].item()
@@ -286,7 +200,7 @@ class StreamReader:
                 if call is not None:
                     mask &= rows["call"] == call
                 places = np.flatnonzero(mask)
-                parts = np.zeros(len(places), _PART)
+                parts = np.zeros(len(places), PART_DTYPE)
                 for name in ("step", "part_offset", "call"):
                     parts[name] = rows[name][places]
                 parts["step"] += np.uint64(placed.first_step)
@@ -294,7 +208,7 @@ class StreamReader:
                 parts["block"], parts["row"] = block, places
                 found.append(parts)
         if not found:
-            return np.empty(0, _PART)
+            return np.empty(0, PART_DTYPE)
         joined = np.concatenate(found)
         order = ("part_offset", "segment", "call", "rank", "step")
         joined = joined[np.lexsort([joined[name] for name in order])]
@@ -312,7 +226,7 @@ class StreamReader:
 
     def refs(self, site_id: int) -> SiteRecords:
         """The records of a site, ascending by step, rank and call; empty for an unknown site."""
-        return SiteRecords(self, site_id, self._parts(site_id))
+        return SiteRecords(self._parts(site_id), partial(self._ref, site_id))
 
     def find(self, site_id: int, step: int, call: int = 0, rank: int | None = None) -> RecordRef | None:
         """The record of a site, step and call (of the lowest rank that has it, if none is given), or None."""
@@ -322,8 +236,8 @@ class StreamReader:
     def find_all(self, site_id: int, step: int, call: int = 0, rank: int | None = None) -> SiteRecords:
         """The records of a site, step and call: one a rank that has it."""
         if step < 0 or call < 0:
-            return SiteRecords(self, site_id, np.empty(0, _PART))
-        return SiteRecords(self, site_id, self._parts(site_id, step, call, rank))
+            return SiteRecords(np.empty(0, PART_DTYPE), partial(self._ref, site_id))
+        return SiteRecords(self._parts(site_id, step, call, rank), partial(self._ref, site_id))
 
     # -- what is in them -----------------------------------------------------------------------------------
 
@@ -335,9 +249,9 @@ class StreamReader:
         Raises:
             CorruptStreamError: a checksum does not hold, or parts of the record are missing.
         """
-        if len(ref._parts) > 1:
+        if len(ref.places) > 1:
             return self._read_parts(ref, _new_array)
-        number, row = ref._parts[0]
+        number, row = ref.places[0]
         block = self._block(ref.segment, number)
         if int(block.directory.sizes[row]) != ref.num_bytes or int(block.directory.rows["part_offset"][row]):
             raise CorruptStreamError(f"{self._placed[ref.segment].file.path}: parts of {ref} are missing")
@@ -349,11 +263,24 @@ class StreamReader:
         # A view on the map costs nothing; one on a decoded page would keep all of it alive.
         return part if isinstance(page.base, memoryview) else np.array(part)
 
+    def mapped(self, ref: RecordRef) -> tuple[mmap.mmap, int] | None:
+        """The map and the place in it of a record's bytes, verified; None where they are not there as they are.
+
+        They are where the page is stored in one piece. Writing to the map changes private memory, not the file.
+        """
+        number, row = ref.places[0]
+        block = self._block(ref.segment, number)
+        file = self._placed[ref.segment].file
+        if len(ref.places) > 1 or not is_in_place(block.header):
+            return None
+        self.read(ref)
+        return file.map, block.payload_start + LEAD_BYTES + int(block.directory.rows["offset"][row])
+
     def _read_parts(self, ref: RecordRef, new: Callable[[int], U8]) -> U8:
         """The joined parts of a record, decoded where they belong."""
         places = []
         position = 0
-        for number, row in ref._parts:
+        for number, row in ref.places:
             directory = self._block(ref.segment, number).directory
             offset, size = int(directory.rows["part_offset"][row]), int(directory.sizes[row])
             if offset != position:
@@ -371,49 +298,133 @@ class StreamReader:
                 part[:] = self._page(ref.segment, number)[start : start + size]
         return record
 
+    def read_all(self, refs: Iterable[RecordRef]) -> Iterator[U8]:
+        """The bytes of each record, as ``read`` gives them, decoded ahead in threads."""
+        jobs = (
+            [*group] for _, group in itertools.groupby(refs, key=lambda ref: (ref.segment, ref.places[0][0]))
+        )
+        done = done_ahead(
+            jobs,
+            lambda job: [self.read(ref) for ref in job],
+            lambda job: sum(ref.num_bytes for ref in job),
+            self.num_threads,
+        )
+        for _, found in done:
+            yield from found
+
     def scan(self) -> Iterator[tuple[RecordRef, U8]]:
         """Every record with its bytes, front to back as they lie in each file, inputs among them.
 
-        One page is in memory at a time, and the arrays are views on it: copy what is to be kept. Records that lie in
-        several blocks come when their last part does.
+        A few pages are in memory at a time, decoded ahead in threads, and the arrays are views on them: copy what is
+        to be kept. Records that lie in several blocks come when their last part does.
         """
+        passed = 0
+        file = self._files[0]
+        for job, data in done_ahead(self._jobs(), _Job.run, _Job.num_bytes, self.num_threads):
+            if job.file is not file or job.offset < passed:
+                file.forget(passed, len(file.data))
+                file, passed = job.file, job.offset
+            elif job.offset - passed >= _FORGET_BYTES:
+                file.forget(passed, job.offset)
+                passed = job.offset
+            if job.whole is not None:
+                yield job.whole, data
+            for ref, start, size in job.records:
+                yield ref, data[start : start + size]
+            # The next pages may be decoded into this one's memory.
+            del data
+        file.forget(passed, len(file.data))
+
+    def _jobs(self) -> Iterator[_Job]:
+        """What is to decode: pages with whole records, and records whose last part was met."""
         for number, placed in enumerate(self._placed):
-            segment, file = placed.segment, placed.file
-            passed = segment.offset
             pending: dict[tuple[int, int, int], list[tuple[int, int, tuple[int, int]]]] = {}
-            for position in range(len(segment.block_offsets)):
+            for position in range(len(placed.segment.block_offsets)):
                 block = self._block(number, position)
-                if block.offset - passed >= _FORGET_BYTES:
-                    file.forget(passed, block.offset)
-                    passed = block.offset
-                directory = block.directory
-                dues = [record_bytes(block.header.dtype_name, shape) for shape, _ in directory.shapes]
-                rows, sizes = directory.rows.tolist(), directory.sizes.tolist()
-                for row, (step, part_offset, local, call, shape, offset) in enumerate(rows):
-                    site_id = self._global_ids[number].get(local)
-                    if site_id is None:
-                        raise CorruptStreamError(
-                            f"{file.path}: a record is of site {local}, which no table names"
-                        )
-                    key = (local, step, call)
-                    if segment.incomplete and key in segment.incomplete:
+                rows, directory = self._known_rows(number, block), block.directory
+                dues = directory.record_sizes(block.header.dtype_name)[rows["shape"]]
+                whole = (directory.sizes == dues) & (rows["part_offset"] == 0)
+                if placed.segment.incomplete:
+                    incomplete = placed.segment.incomplete
+                    keys = zip(*(rows[name].tolist() for name in ("site", "step", "call")), strict=True)
+                    kept = np.array([key not in incomplete for key in keys], bool)
+                    whole &= kept
+                else:
+                    kept = np.ones(len(rows), bool)
+                if whole.any():
+                    records = self._refs_of(number, position, np.flatnonzero(whole))
+                    yield _Job(self, placed.file, block.offset, number, position, records, None)
+                for row in np.flatnonzero(kept & ~whole).tolist():
+                    step, part_offset, local, call, _, _ = rows[row].item()
+                    parts = pending.setdefault((local, step, call), [])
+                    parts.append((part_offset, int(directory.sizes[row]), (position, row)))
+                    if sum(size for _, size, _ in parts) < dues[row]:
                         continue
-                    size = sizes[row]
-                    if size == dues[shape] and not part_offset:
-                        ref = self._ref(number, site_id, ((position, row),))
-                        yield ref, self._page(number, position)[offset : offset + size]
-                        continue
-                    parts = pending.setdefault(key, [])
-                    parts.append((part_offset, size, (position, row)))
-                    if sum(size for _, size, _ in parts) < dues[shape]:
-                        continue
-                    del pending[key]
-                    whole = self._ref(number, site_id, tuple(place for _, _, place in sorted(parts)))
-                    yield whole, self._read_parts(whole, self._pool.take)
+                    del pending[local, step, call]
+                    places = tuple(place for _, _, place in sorted(parts))
+                    ref = self._ref(self._global_ids[number][local], number, places)
+                    yield _Job(self, placed.file, block.offset, number, position, [], ref)
             if pending:
-                raise CorruptStreamError(f"{file.path}: {len(pending)} records lack a part")
-            file.forget(passed, segment.offset + segment.length)
+                raise CorruptStreamError(f"{placed.file.path}: {len(pending)} records lack a part")
+
+    def _known_rows(self, segment: int, block: Block) -> npt.NDArray[np.void]:
+        """The directory's rows, after a look whether the site table names their sites."""
+        known = self._global_ids[segment]
+        for local in np.unique(block.directory.rows["site"]).tolist():
+            if local not in known:
+                raise CorruptStreamError(
+                    f"{self._placed[segment].file.path}: a record is of site {local}, which no table names"
+                )
+        return block.directory.rows
+
+    def _refs_of(
+        self, segment: int, number: int, rows: npt.NDArray[np.intp]
+    ) -> list[tuple[RecordRef, int, int]]:
+        """Records that lie whole in a page: each with its offset and size."""
+        block, placed = self._block(segment, number), self._placed[segment]
+        directory, known = block.directory, self._global_ids[segment]
+        first_step, rank, dtype, shapes = (
+            placed.first_step,
+            placed.rank,
+            block.header.dtype_name,
+            directory.shapes,
+        )
+        found = []
+        chosen, sizes = directory.rows[rows].tolist(), directory.sizes[rows].tolist()
+        for row, size, (step, _, local, call, shape, offset) in zip(
+            rows.tolist(), sizes, chosen, strict=True
+        ):
+            stored, full = shapes[shape]
+            places = ((number, row),)
+            ref = RecordRef(known[local], step + first_step, call, dtype, stored, full, rank, segment, places)
+            found.append((ref, offset, size))
+        return found
 
     def verify(self) -> list[Damage]:
         """Verify every checksum of the files, and each index against its blocks; empty if all is well."""
         return [lost for file in self._files for lost in file.verify()]
+
+
+class _Job(NamedTuple):
+    """A page of whole records, or a record of several parts."""
+
+    reader: StreamReader
+    file: MappedFile
+    offset: int
+    segment: int
+    block: int
+    records: list[tuple[RecordRef, int, int]]
+    whole: RecordRef | None
+
+    def num_bytes(self) -> int:
+        if self.whole is not None:
+            return self.whole.num_bytes
+        return self.reader._block(self.segment, self.block).header.raw_bytes
+
+    def run(self) -> U8:
+        reader = self.reader
+        if self.whole is not None:
+            return reader._read_parts(self.whole, reader._pool.take)
+        page = reader._decode(self.segment, self.block, in_place=True, new=reader._pool.take)
+        page.flags.writeable = False
+        return page

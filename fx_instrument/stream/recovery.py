@@ -27,7 +27,7 @@ from .frames import (
 )
 from .index import PartialKey, read_index
 from .payload import EMPTY_LZ4_FRAME, EMPTY_ZSTD_FRAME
-from .records import Damage, SiteEntry, record_bytes
+from .records import Damage, SiteEntry
 from .segments import Block, Segment, empty_frame_at, parse_block, read_prolog
 
 _TAGGED = re.compile(b"|".join(re.escape(tag) for tag in TAGS.values()))
@@ -89,9 +89,7 @@ class _Walk:
             self.blocks_of_site.setdefault(site, []).append(number)
             self.starts[site] = self.starts.get(site, 0) + int(np.count_nonzero(begins & mine))
             self.raw_bytes[site] = self.raw_bytes.get(site, 0) + int(directory.sizes[mine].sum())
-        dues = np.array(
-            [min(record_bytes(header.dtype_name, shape), 1 << 62) for shape, _ in directory.shapes], np.int64
-        )
+        dues = directory.record_sizes(header.dtype_name)
         for row in map(int, np.flatnonzero(dues[rows["shape"]] != directory.sizes)):
             step, part_offset, site, call, shape, _ = map(int, rows[row].tolist())
             found, due, begun = self.partial.get((site, step, call), (0, int(dues[shape]), False))

@@ -1,0 +1,57 @@
+"""Jobs done in threads ahead of whoever takes their results, in order and within a bound on memory."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
+
+AHEAD_BYTES = 4 << 20
+"""Results that no one has taken yet hold at most so much a thread, a page, or are one."""
+_MAX_THREADS = 4
+"""Zstandard's Huffman decoder and a core's share of memory bandwidth: more threads than this starve each other."""
+
+
+def default_threads() -> int:
+    """As many as there are cores for this process, up to four."""
+    return min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+
+
+def done_ahead(
+    jobs: Iterable[_Job], run: Callable[[_Job], _Result], num_bytes: Callable[[_Job], int], num_threads: int
+) -> Iterator[tuple[_Job, _Result]]:
+    """Each job with its result, in order; an error comes where its job does.
+
+    With one thread everything happens in the caller's.
+    """
+    if num_threads <= 1:
+        for job in jobs:
+            yield job, run(job)
+        return
+    waiting: deque[tuple[_Job, Future[_Result]]] = deque()
+    held = 0
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fx-read")
+    try:
+        for job in jobs:
+            while waiting and (
+                held + num_bytes(job) > num_threads * AHEAD_BYTES or len(waiting) > 2 * num_threads
+            ):
+                held -= num_bytes(waiting[0][0])
+                yield _taken(waiting)
+            waiting.append((job, pool.submit(run, job)))
+            held += num_bytes(job)
+        while waiting:
+            yield _taken(waiting)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _taken(waiting: deque[tuple[_Job, Future[_Result]]]) -> tuple[_Job, _Result]:
+    """The oldest job and its result, to which nothing here refers any more: its memory is the taker's to free."""
+    job, future = waiting.popleft()
+    return job, future.result()
