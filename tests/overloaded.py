@@ -20,7 +20,7 @@ import torch
 from loud import instrumented, step_input
 
 from fx_instrument.capture.budget import HostBudget
-from fx_instrument.capture.session import RECORD_OVERHEAD_BYTES
+from fx_instrument.capture.drain import RECORD_OVERHEAD_BYTES
 
 OVERLOAD = 10
 

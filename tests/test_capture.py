@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from fx_instrument import BufferTooSmallError, CaptureFailedError
 from fx_instrument.capture.budget import HostBudget
-from fx_instrument.capture.session import RECORD_OVERHEAD_BYTES, Session
+from fx_instrument.capture.drain import RECORD_OVERHEAD_BYTES
+from fx_instrument.capture.session import Session
 from fx_instrument.capture.transfer import host_bytes
 from fx_instrument.graph.gate import Gate
 from fx_instrument.graph.sites import Site
@@ -27,7 +28,7 @@ class HeldWriter:
     """A writer that keeps what it is given until the test lets go of it."""
 
     def __init__(self, hold: bool = False) -> None:
-        self.first_step = self.memory_bytes = self.stored_bytes = 0
+        self.first_step = self.memory_bytes = self.page_bytes = self.stored_bytes = 0
         self.failure: BaseException | None = None
         self.hold = hold
         self.held: list[Callable[[], None]] = []
@@ -58,8 +59,19 @@ class HeldWriter:
     def seal(self, *, older_than_s: float = 0.0) -> None:
         pass
 
-    def close(self, summary: Mapping[str, Any]) -> None:
+    def layout(self, dtype: str, records: Any) -> Any:
+        raise AssertionError("a buffer this small packs nothing")
+
+    def put_packed(self, layout: Any, step: int, data: Any, done: Any = None) -> None:
+        raise AssertionError("a buffer this small packs nothing")
+
+    def finish(self) -> None:
         self.let_go()
+
+    def capacity(self) -> tuple[float, str] | None:
+        return None
+
+    def close(self, summary: Mapping[str, Any]) -> None:
         self.summary = summary
 
 
@@ -160,7 +172,7 @@ def test_eager_values_outside_a_step_belong_to_the_next() -> None:
 def test_a_full_buffer_drops_and_counts() -> None:
     """on_full="drop": what finds no room is counted by site, and nothing waits."""
     writer = HeldWriter(hold=True)
-    opened = session(writer, limit=2 * (100 + RECORD_OVERHEAD_BYTES), drop=True)
+    opened = session(writer, limit=4 * (100 + RECORD_OVERHEAD_BYTES), drop=True)
     values = torch.ones(25), torch.ones(25)
     for _ in range(3):
         opened.begin_step({})

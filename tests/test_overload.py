@@ -14,7 +14,7 @@ import torch
 from loud import step_input
 
 from fx_instrument import open_stream
-from fx_instrument.capture.session import RECORD_OVERHEAD_BYTES
+from fx_instrument.capture.drain import RECORD_OVERHEAD_BYTES
 
 MIB = 1 << 20
 TESTS = Path(__file__).parent

@@ -8,7 +8,7 @@ import time
 from .heap import return_freed_memory
 
 _TRIM_BYTES = 4 << 20
-"""So much comes or goes between two trims of the heap, while half of the bound or more is in use."""
+"""So much is freed between two trims of the heap, while half of the bound or more is in use."""
 
 
 class HostBudget:
@@ -23,7 +23,8 @@ class HostBudget:
         self.peak_bytes = 0
         self.stalled_ns = 0
         self._held = 0
-        self._moved = 0
+        self._num_waiting = 0
+        self._freed = 0
         self._open = True
         self._changed = threading.Condition()
 
@@ -31,46 +32,56 @@ class HostBudget:
     def held_bytes(self) -> int:
         return self._held
 
-    def acquire(self, num_bytes: int, *, wait: bool, timeout_s: float | None = None) -> bool:
+    @property
+    def num_waiting(self) -> int:
+        """Threads that wait for room."""
+        return self._num_waiting
+
+    def acquire(
+        self, num_bytes: int, *, wait: bool, timeout_s: float | None = None, leave_bytes: int = 0
+    ) -> bool:
         """True once ``num_bytes`` are counted in; False if there is no room (``wait=False``, or not within
-        ``timeout_s``) or after ``shut``.
+        ``timeout_s``) or after ``shut``. ``leave_bytes`` must still be free then.
 
         More than the whole bound is never granted, so nothing waits for it.
         """
-        wait = wait and num_bytes <= self.limit_bytes
+        needed = num_bytes + leave_bytes
+        wait = wait and needed <= self.limit_bytes
         with self._changed:
-            if self._open and self._held + num_bytes > self.limit_bytes and wait:
+            if self._open and self._held + needed > self.limit_bytes and wait:
                 started = time.perf_counter_ns()
-                self._changed.wait_for(
-                    lambda: not self._open or self._held + num_bytes <= self.limit_bytes, timeout_s
-                )
-                self.stalled_ns += time.perf_counter_ns() - started
-            trim = self._moved_so(num_bytes)
-            granted = self._open and self._held + num_bytes <= self.limit_bytes
+                self._num_waiting += 1
+                try:
+                    self._changed.wait_for(
+                        lambda: not self._open or self._held + needed <= self.limit_bytes, timeout_s
+                    )
+                finally:
+                    self._num_waiting -= 1
+                    self.stalled_ns += time.perf_counter_ns() - started
+            granted = self._open and self._held + needed <= self.limit_bytes
             if granted:
                 self._held += num_bytes
                 self.peak_bytes = max(self.peak_bytes, self._held)
-        if trim:
-            return_freed_memory()
         return granted
 
     def release(self, num_bytes: int) -> None:
+        """Count out bytes whose memory was freed."""
         with self._changed:
-            trim = self._moved_so(num_bytes)
+            trim = self._freed_so(num_bytes)
             self._held -= num_bytes
             self._changed.notify_all()
         if trim:
             return_freed_memory()
 
-    def _moved_so(self, num_bytes: int) -> bool:
+    def _freed_so(self, num_bytes: int) -> bool:
         """True where the holes that values leave on the heap could take resident memory over the bound.
 
         A hole is at most as large as what lies beside it, so below half of the bound nothing has to be done.
         """
-        self._moved += num_bytes
-        if self._moved < _TRIM_BYTES or 2 * self._held < self.limit_bytes:
+        self._freed += num_bytes
+        if self._freed < _TRIM_BYTES or 2 * self._held < self.limit_bytes:
             return False
-        self._moved = 0
+        self._freed = 0
         return True
 
     def shut(self) -> None:

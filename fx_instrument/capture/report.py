@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+_HELD = 0.95
+"""Of the target counts as held: the controller aims 10 % above it, and costs are known within some percent."""
+_STALLED = 0.05
+"""Of the time: what a model may wait before it counts as held back."""
+
 
 @dataclass(frozen=True)
 class CaptureReport:
@@ -34,5 +39,51 @@ class CaptureReport:
     duration_s: float
     dropped_by_site: Mapping[str, int] = field(default_factory=dict)
 
+    capacity_gbps: float | None = None
+    """Raw GB/s that this disk and these cores take at most, as measured on the pages that were written; None before
+    one was."""
+    bottleneck: str | None = None
+    """What limits that: "disk" or "cores"."""
+
+    @property
+    def target_held(self) -> bool:
+        """Whether the capture was as fast as the target, or as fast as the model where that was slower.
+
+        False where values were dropped, or the model waited for the buffer for more than 5 % of the time, while fewer
+        than 95 % of ``target_gbps`` were stored.
+        """
+        return self.achieved_gbps >= _HELD * self.target_gbps or not self._held_back
+
+    @property
+    def target_verdict(self) -> str:
+        """``target_held`` in words, with the reason."""
+        target = f"the target of {self.target_gbps:g} GB/s"
+        if self.target_held:
+            kept = "at the model's own rate" if not self._held_back else "under a load beyond the buffer"
+            return f"{target} was held: {self.achieved_gbps:.3g} GB/s, {kept}"
+        if self.capacity_gbps is not None and self.capacity_gbps >= self.target_gbps:
+            return (
+                f"{target} was not held: {self.achieved_gbps:.3g} GB/s, though the {self.bottleneck} would take "
+                f"{self.capacity_gbps:.3g}; values come in bursts larger than the buffer, so raise max_memory_gb"
+            )
+        if self.capacity_gbps is None:
+            return f"{target} was not held: {self.achieved_gbps:.3g} GB/s"
+        beyond = "this disk" if self.bottleneck == "disk" else "these cores"
+        return (
+            f"{target} is beyond {beyond}, which take {self.capacity_gbps:.3g} GB/s; "
+            f"{self.achieved_gbps:.3g} GB/s were stored"
+        )
+
+    @property
+    def _held_back(self) -> bool:
+        stalled = self.stalled_seconds > _STALLED * self.duration_s
+        return stalled or self.dropped_records > 0
+
     def to_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "dropped_by_site": dict(self.dropped_by_site)}
+        """Everything as plain JSON values, the verdict on the target too."""
+        return {
+            **self.__dict__,
+            "dropped_by_site": dict(self.dropped_by_site),
+            "target_held": self.target_held,
+            "target_verdict": self.target_verdict,
+        }

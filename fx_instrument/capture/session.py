@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import queue
 import sys
 import threading
 import time
@@ -11,19 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from ..errors import BufferTooSmallError, CaptureFailedError
 from ..sampling import num_samples, positions
 from .budget import HostBudget
+from .drain import RECORD_OVERHEAD_BYTES, Drain, Writer
+from .handover import Delivery
 from .report import CaptureReport
-from .transfer import Landing, Transfer, host_bytes
+from .transfer import Transfer
 
-# What a queued record holds beside its bytes: a tensor, its storage, a numpy view and the row (measured: ~1 KiB).
-RECORD_OVERHEAD_BYTES = 1024
-SEAL_AFTER_S = 0.5
+_PACKING_FROM_BYTES = 1 << 20
+"""A buffer below this packs nothing: a sixteenth of it would take no graph run."""
 
 
 class SiteLike(Protocol):
@@ -31,20 +29,6 @@ class SiteLike(Protocol):
     def name(self) -> str: ...
     @property
     def role(self) -> str: ...
-
-
-class Writer(Protocol):
-    """What the session needs of a stream's writer."""
-
-    first_step: int
-    memory_bytes: int
-    stored_bytes: int
-    failure: BaseException | None
-
-    def add_site(self, name: str, role: str) -> int: ...
-    def put(self, meta: Any, data: npt.NDArray[np.uint8], done: Callable[[], None] | None = None) -> None: ...
-    def seal(self, *, older_than_s: float = 0.0) -> None: ...
-    def close(self, summary: Mapping[str, Any]) -> None: ...
 
 
 class _Step(threading.local):
@@ -62,17 +46,6 @@ class _Step(threading.local):
 class _Ticket:
     num_bytes: int
     dropped: bool
-
-
-@dataclass(slots=True)
-class _Delivery:
-    step: int
-    names: Sequence[str]
-    calls: Sequence[int]
-    landing: Landing
-    full_shapes: Sequence[tuple[int, ...]] | None
-    num_bytes: int
-    is_input: bool = False
 
 
 class Session:
@@ -105,31 +78,42 @@ class Session:
         patience: Callable[[], float] | None = None,
     ) -> None:
         self._writer = writer
-        self._make_record = make_record
         self._max_memory_bytes = max_memory_bytes
         self._drop = drop
         self._sampling = sampling
         self._target_gbps = target_gbps
         self._progress = progress
         self._patience = patience
-        self._budget = HostBudget(max(0, max_memory_bytes - writer.memory_bytes))
+        room = max(0, max_memory_bytes - writer.memory_bytes)
+        # While values are packed they are there twice.
+        packed_bytes = min(writer.page_bytes, room // 16) if room >= _PACKING_FROM_BYTES else 0
+        self._budget = HostBudget(room - packed_bytes)
+        self._own_bytes = writer.memory_bytes + packed_bytes
+        self._largest_run_bytes = 0
         self._transfer = Transfer()
-        self._site_ids = {site.name: writer.add_site(site.name, site.role) for site in sites}
-        self._input_ids: dict[str, int] = {}
+        self._drain = Drain(
+            writer,
+            make_record,
+            {site.name: writer.add_site(site.name, site.role) for site in sites},
+            self._budget,
+            packed_bytes=packed_bytes,
+            dropped=self._count_dropped,
+            tick=self._tick if progress else None,
+        )
+        self._handover = self._drain.handover
         self._step = _Step()
         self._lock = threading.Lock()
         self._numbers = itertools.count(writer.first_step)
         self._end_step_number = writer.first_step
-        self._steps = self._records = self._raw_bytes = self._eager_records = 0
+        self._steps = self._eager_records = 0
         self._dropped: dict[str, int] = {}
         self._dropped_inputs = 0
-        self._failure: BaseException | None = None
-        self._closed = False
+        self._closed = self._ended = False
         self._started = time.perf_counter()
+        self._stored_after: float | None = None
         self._duration: float | None = None
-        self._queue: queue.SimpleQueue[_Delivery | None] = queue.SimpleQueue()
-        self._drainer = threading.Thread(target=self._drain, name="fx_instrument-drain", daemon=True)
-        self._drainer.start()
+        self._last_shown = time.monotonic()
+        self._drain.start()
 
     # -- the model's threads ------------------------------------------------------------------------------------
 
@@ -151,17 +135,31 @@ class Session:
 
     def reserve(self, sites: Sequence[SiteLike], num_bytes: int) -> _Ticket:
         total = num_bytes + len(sites) * RECORD_OVERHEAD_BYTES
-        if total > self._budget.limit_bytes and self._patience is None:
+        needed = 2 * total if self._drop else total
+        if needed > self._budget.limit_bytes and self._patience is None:
+            twice = "; on_full='drop' takes room for two, as a run that is dropped is computed all the same"
             raise BufferTooSmallError(
                 f"one run of a graph captures {num_bytes} bytes in {len(sites)} records ({total} bytes with their "
-                f"bookkeeping), but max_memory_gb={self._max_memory_bytes / 1e9:g} leaves the buffer "
-                f"{self._budget.limit_bytes} bytes; raise max_memory_gb, or capture fewer sites or samples"
+                f"bookkeeping{twice if self._drop else ''}), but max_memory_gb={self._max_memory_bytes / 1e9:g} "
+                f"leaves the buffer {self._budget.limit_bytes} bytes; raise max_memory_gb, or capture fewer sites "
+                f"or samples"
             )
         self._transfer.before_graph()
-        return _Ticket(total, dropped=self._closed or not self._acquire(total))
+        if self._closed:
+            return _Ticket(0, dropped=True)
+        if not self._drop:
+            granted = self._acquire(total)
+            return _Ticket(total if granted else 0, dropped=not granted)
+        # The graph computes its values, dropped or not. So room for another run of the largest that there was is
+        # left free, and a run that is dropped takes it until it is over.
+        with self._lock:
+            leave = self._largest_run_bytes = max(self._largest_run_bytes, total)
+        if self._acquire(total, leave_bytes=leave):
+            return _Ticket(total, dropped=False)
+        return _Ticket(total if self._budget.acquire(total, wait=True) else 0, dropped=True)
 
     def cancel(self, ticket: _Ticket) -> None:
-        if not ticket.dropped:
+        if ticket.num_bytes:
             self._budget.release(ticket.num_bytes)
 
     def deliver(
@@ -176,16 +174,18 @@ class Session:
             self._reserve_number()
         assert step.number is not None
         names = [site.name for site in sites]
+        if ticket.dropped:
+            self._count_dropped(names)
+            # The caller of this holds the values for a moment more.
+            self.cancel(ticket)
         calls = []
         for name in names:
             call = step.calls.get(name, 0)
             step.calls[name] = call + 1
             calls.append(call)
-        if ticket.dropped:
-            self._count_dropped(names)
-            return
-        landing = self._transfer.start(values)
-        self._queue.put(_Delivery(step.number, names, calls, landing, full_shapes, ticket.num_bytes))
+        if not ticket.dropped:
+            landing = self._transfer.start(values)
+            self._handover.put(Delivery(step.number, names, calls, landing, full_shapes, ticket.num_bytes))
 
     def record_eager(self, site: SiteLike, value: torch.Tensor) -> None:
         full_shape = tuple(value.shape)
@@ -207,11 +207,10 @@ class Session:
                 self._eager_records += 1
         self.deliver(ticket, (site,), (kept,), (full_shape,) if self._sampling is not None else None)
 
-    def _acquire(self, num_bytes: int) -> bool:
-        if self._budget.acquire(num_bytes, wait=False):
+    def _acquire(self, num_bytes: int, leave_bytes: int = 0) -> bool:
+        if self._budget.acquire(num_bytes, wait=False, leave_bytes=leave_bytes):
             return True
-        # What fills the buffer may lie in pages that are not full yet: have them stored now.
-        self._queue.put(_SEAL)
+        self._handover.seal()
         if self._drop:
             return False
         timeout_s = self._patience() if self._patience is not None else None
@@ -232,83 +231,21 @@ class Session:
                 f"the integer inputs of a step take {total} bytes with their bookkeeping, but "
                 f"max_memory_gb={self._max_memory_bytes / 1e9:g} leaves the buffer {self._budget.limit_bytes} bytes"
             )
-        if not self._acquire(total):
+        if not self._acquire(total, leave_bytes=self._largest_run_bytes):
             with self._lock:
                 self._dropped_inputs += 1
             return
         # The caller may change its inputs while the copies are on their way.
         values = [value.detach().clone(memory_format=torch.contiguous_format) for value in inputs.values()]
         landing = self._transfer.start(values)
-        self._queue.put(
-            _Delivery(number, list(inputs), [0] * len(inputs), landing, None, total, is_input=True)
+        self._handover.put(
+            Delivery(number, list(inputs), [0] * len(inputs), landing, None, total, is_input=True)
         )
 
     def _count_dropped(self, names: Sequence[str]) -> None:
         with self._lock:
             for name in names:
                 self._dropped[name] = self._dropped.get(name, 0) + 1
-
-    # -- the drain thread ---------------------------------------------------------------------------------------
-
-    def _drain(self) -> None:
-        last_shown = last_sealed = time.monotonic()
-        while True:
-            try:
-                delivery = self._queue.get(timeout=SEAL_AFTER_S / 2)
-            except queue.Empty:
-                delivery = _NOTHING
-            try:
-                if delivery is None:
-                    return
-                if delivery is _SEAL:
-                    self._writer.seal()
-                elif delivery is not _NOTHING:
-                    self._write(delivery)
-                now = time.monotonic()
-                if now - last_sealed > SEAL_AFTER_S / 2:
-                    last_sealed = now
-                    self._writer.seal(older_than_s=SEAL_AFTER_S)
-                if self._progress and now - last_shown > 0.5:
-                    last_shown = now
-                    self._show(end="")
-            except BaseException as failure:
-                self._fail(failure)
-
-    def _write(self, delivery: _Delivery) -> None:
-        values = delivery.landing.wait()
-        if self._failure is not None:
-            self._budget.release(delivery.num_bytes)
-            self._count_dropped([] if delivery.is_input else delivery.names)
-            return
-        released = 0
-        for index, value in enumerate(values):
-            name = delivery.names[index]
-            share = value.nbytes + RECORD_OVERHEAD_BYTES
-            released += share
-            full_shapes = delivery.full_shapes
-            record = self._make_record(
-                site_id=self._input_id(name) if delivery.is_input else self._site_ids[name],
-                step=delivery.step,
-                call=delivery.calls[index],
-                dtype=str(value.dtype).removeprefix("torch."),
-                shape=tuple(value.shape),
-                full_shape=full_shapes[index] if full_shapes is not None else None,
-            )
-            self._writer.put(record, host_bytes(value), _Release(self._budget, share))
-            if not delivery.is_input:
-                self._records += 1
-                self._raw_bytes += value.nbytes
-        self._budget.release(delivery.num_bytes - released)
-
-    def _input_id(self, name: str) -> int:
-        if name not in self._input_ids:
-            self._input_ids[name] = self._writer.add_site(name, "input")
-        return self._input_ids[name]
-
-    def _fail(self, failure: BaseException) -> None:
-        if self._failure is None:
-            self._failure = failure
-        self._budget.shut()
 
     # -- the caller ---------------------------------------------------------------------------------------------
 
@@ -320,90 +257,83 @@ class Session:
     @property
     def failure(self) -> BaseException | None:
         """What ended the capture before its time, of the drain thread or the writer; None while all is well."""
-        return self._failure if self._failure is not None else self._writer.failure
+        return self._drain.failure if self._drain.failure is not None else self._writer.failure
 
     @property
     def report(self) -> CaptureReport:
         duration = self._duration if self._duration is not None else time.perf_counter() - self._started
         with self._lock:
             dropped = dict(self._dropped)
+        measured = self._writer.capacity()
+        stored_after = self._stored_after if self._stored_after is not None else duration
         return CaptureReport(
             steps=self._steps,
-            records=self._records,
-            raw_bytes=self._raw_bytes,
+            records=self._drain.records,
+            raw_bytes=self._drain.raw_bytes,
             stored_bytes=self._writer.stored_bytes,
             dropped_records=sum(dropped.values()),
             dropped_inputs=self._dropped_inputs,
             stalled_seconds=self._budget.stalled_ns / 1e9,
             eager_records=self._eager_records,
-            achieved_gbps=self._raw_bytes / duration / 1e9 if duration > 0 else 0.0,
-            peak_buffer_bytes=self._budget.peak_bytes + self._writer.memory_bytes,
+            achieved_gbps=self._drain.raw_bytes / stored_after / 1e9 if stored_after > 0 else 0.0,
+            peak_buffer_bytes=self._budget.peak_bytes + self._own_bytes,
             target_gbps=self._target_gbps,
             duration_s=duration,
             dropped_by_site=dropped,
+            capacity_gbps=measured[0] / 1e9 if measured is not None else None,
+            bottleneck=measured[1] if measured is not None else None,
         )
 
     def close(self) -> None:
-        """Drain, write the index and close the file.
+        """Drain, write the index and close the file; after an interrupt it can be called again.
 
         Raises:
             CaptureFailedError: a thread of the capture failed; the file holds what was written before.
         """
-        if self._closed:
+        if self._ended:
             return
         self._closed = True
-        self._queue.put(None)
-        self._drainer.join()
-        report = self.report
-        summary = {
-            "num_steps": self._end_step_number,
-            "steps": report.steps,
-            "records": report.records,
-            "raw_bytes": report.raw_bytes,
-            "dropped_records": dict(report.dropped_by_site),
-            "dropped_inputs": report.dropped_inputs,
-            "stalled_seconds": report.stalled_seconds,
-            "eager_records": report.eager_records,
-            "peak_buffer_bytes": report.peak_buffer_bytes,
-            "duration_s": report.duration_s,
-            "failed": None if self._failure is None else repr(self._failure),
-        }
+        self._drain.end()
+        self._writer.finish()
+        self._stored_after = time.perf_counter() - self._started
+        self._ended = True
         try:
-            self._writer.close(summary)
+            self._writer.close(self._summary())
         finally:
             self._duration = time.perf_counter() - self._started
             self._budget.shut()
             if self._progress:
                 self._show(end="\n")
-        if self._failure is not None:
+        if self._drain.failure is not None:
             raise CaptureFailedError(
-                f"the capture's drain thread failed: {self._failure!r}"
-            ) from self._failure
+                f"the capture's drain thread failed: {self._drain.failure!r}"
+            ) from self._drain.failure
 
-    def _show(self, end: str) -> None:
+    def _summary(self) -> dict[str, Any]:
+        """What the file says of its capture."""
+        report = self.report.to_dict()
+        left_out = ("stored_bytes", "dropped_by_site")
+        return {
+            **{name: value for name, value in report.items() if name not in left_out},
+            "num_steps": self._end_step_number,
+            "dropped_records": report["dropped_by_site"],
+            "failed": None if self._drain.failure is None else repr(self._drain.failure),
+        }
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if now - self._last_shown > 0.5:
+            self._last_shown = now
+            self._show()
+
+    def _show(self, end: str = "") -> None:
         report = self.report
+        held = "" if report.target_held else f", {report.target_verdict}"
         print(
             f"\rcaptured {report.steps} steps, {report.records} records, {report.raw_bytes / 1e6:.1f} MB "
             f"({report.achieved_gbps:.2f} GB/s), buffer {self._budget.held_bytes / 1e6:.1f} MB, "
-            f"dropped {report.dropped_records}   ",
+            f"dropped {report.dropped_records}{held}   ",
             end=end,
             file=sys.stderr,
             flush=True,
         )
-
-
-class _Release:
-    """Gives a record's bytes back once; cheaper to make than a closure."""
-
-    __slots__ = ("_budget", "_num_bytes")
-
-    def __init__(self, budget: HostBudget, num_bytes: int) -> None:
-        self._budget = budget
-        self._num_bytes = num_bytes
-
-    def __call__(self) -> None:
-        self._budget.release(self._num_bytes)
-
-
-_SEAL = _Delivery(0, (), (), Landing([], None, None), None, 0)
-_NOTHING = _Delivery(0, (), (), Landing([], None, None), None, 0)

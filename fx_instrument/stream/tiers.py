@@ -122,6 +122,7 @@ class TierControl:
         self._lock = threading.Lock()
         self._costs: dict[tuple[str, int], _Average] = {}
         self._ratios: dict[tuple[str, int], _Average] = {}
+        self._bytes_of: dict[str, int] = {}
         self._speed = _Average(1.0)
         """How much slower than ``_SECONDS_PER_BYTE`` pages were of late."""
         self._disk = _Average(0.0)
@@ -154,6 +155,7 @@ class TierControl:
         with self._lock:
             now_s = self._clock()
             self.raw_bytes[TIER_NAMES[tier]] += raw_bytes
+            self._bytes_of[dtype] = self._bytes_of.get(dtype, 0) + raw_bytes
             if seconds is not None:
                 cost = seconds / raw_bytes
                 self._costs.setdefault((dtype, tier), _Average(cost)).feed(cost, now_s)
@@ -187,6 +189,22 @@ class TierControl:
         """The most raw bytes a second that any tier can take of a dtype, as measured so far."""
         with self._lock:
             return max(self._capacity(dtype, tier) for tier in self.tiers)
+
+    def limit(self) -> tuple[float, str] | None:
+        """``(raw bytes a second, "disk" or "cores")``: the most that was measured to go, and what limits it.
+
+        Of the dtype that most bytes were of; None before any page was.
+        """
+        with self._lock:
+            if not self._bytes_of:
+                return None
+            dtype = max(self._bytes_of, key=self._bytes_of.__getitem__)
+            tier = max(self.tiers, key=lambda tier: self._capacity(dtype, tier))
+            capacity = self._capacity(dtype, tier)
+            ratio = self._ratios.get((dtype, tier))
+            writing_s = self._disk.value / (ratio.value if ratio is not None else _RATIOS[tier])
+        # Each worker writes what it compressed, so the disk is at work for this share of the time.
+        return capacity, "disk" if writing_s * capacity > 0.5 else "cores"
 
     def _decayed(self) -> float:
         return self._arrivals * math.exp((self._arrivals_s - self._clock()) / _ARRIVAL_S)

@@ -226,6 +226,11 @@ class StreamWriter:
         self._closed = True
         self._close_file()
 
+    def capacity(self) -> tuple[float, str] | None:
+        """``(raw bytes a second, "disk" or "cores")``: the most that this writer takes, as measured; None before
+        a page was written."""
+        return self.tiers.limit()
+
     def finish(self) -> None:
         """Store all that was put, as far as there was no failure; nothing can be put any more.
 

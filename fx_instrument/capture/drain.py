@@ -1,0 +1,185 @@
+"""The drain thread: brings the values that were handed over to the writer, and keeps the first failure."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .budget import HostBudget
+from .handover import Delivery, Handover
+from .packing import Packer
+from .transfer import host_bytes
+
+# What a queued record holds beside its bytes: a tensor, its storage, a numpy view and the row (measured: ~1 KiB).
+RECORD_OVERHEAD_BYTES = 1024
+SEAL_AFTER_S = 0.5
+_TICK_S = SEAL_AFTER_S / 4
+
+
+class Writer(Protocol):
+    """What a capture needs of a stream's writer."""
+
+    first_step: int
+    memory_bytes: int
+    page_bytes: int
+    stored_bytes: int
+    failure: BaseException | None
+
+    def add_site(self, name: str, role: str) -> int: ...
+    def put(self, meta: Any, data: npt.NDArray[np.uint8], done: Callable[[], None] | None = None) -> None: ...
+    def layout(self, dtype: str, records: Any) -> Any: ...
+    def put_packed(
+        self, layout: Any, step: int, data: npt.NDArray[np.uint8], done: Callable[[], None] | None = None
+    ) -> None: ...
+    def seal(self, *, older_than_s: float = 0.0) -> None: ...
+    def finish(self) -> None: ...
+    def capacity(self) -> tuple[float, str] | None: ...
+    def close(self, summary: Mapping[str, Any]) -> None: ...
+
+
+class Drain:
+    """Takes deliveries on a thread of its own.
+
+    Args:
+        writer: where records go.
+        make_record: builds the writer's record from keywords (site_id, step, call, dtype, shape, full_shape).
+        site_ids: the writer's id of each site, by name.
+        budget: gets the bytes of a value back once it is stored.
+        packed_bytes: the most that small values may take while they are packed.
+        dropped: told the names of records that are thrown away after a failure.
+        tick: called a few times a second.
+    """
+
+    def __init__(
+        self,
+        writer: Writer,
+        make_record: Callable[..., Any],
+        site_ids: Mapping[str, int],
+        budget: HostBudget,
+        *,
+        packed_bytes: int,
+        dropped: Callable[[Sequence[str]], None],
+        tick: Callable[[], None] | None,
+    ) -> None:
+        self.handover = Handover()
+        self.records = 0
+        self.raw_bytes = 0
+        self.failure: BaseException | None = None
+        self._writer = writer
+        self._make_record = make_record
+        self._site_ids = dict(site_ids)
+        self._input_ids: dict[str, int] = {}
+        self._budget = budget
+        self._packer = Packer(writer.layout, packed_bytes)
+        self._dropped = dropped
+        self._tick = tick
+        self._thread = threading.Thread(target=self._run, name="fx_instrument-drain", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def end(self) -> None:
+        """Wait until all that was handed over is with the writer; after an interrupt it can be called again."""
+        self.handover.end()
+        self._thread.join()
+
+    def _run(self) -> None:
+        last_sealed = time.monotonic()
+        ended = False
+        while not ended:
+            deliveries, seal, ended = self.handover.take(_TICK_S)
+            for delivery in deliveries:
+                self._guarded(self._write, delivery)
+            deliveries.clear()
+            if seal:
+                self._guarded(self._writer.seal)
+            now = time.monotonic()
+            if now - last_sealed >= _TICK_S:
+                last_sealed = now
+                self._guarded(self._seal_old)
+            if self._tick is not None:
+                self._guarded(self._tick)
+
+    def _guarded(self, call: Callable[..., None], *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except BaseException as failure:
+            self._fail(failure)
+
+    def _seal_old(self) -> None:
+        # Who waits for room may wait for a page that is not full.
+        self._writer.seal(older_than_s=0.0 if self._budget.num_waiting else SEAL_AFTER_S)
+
+    def _write(self, delivery: Delivery) -> None:
+        values = delivery.landing.wait()
+        if self.failure is not None:
+            self._budget.release(delivery.num_bytes)
+            self._dropped([] if delivery.is_input else delivery.names)
+            return
+        if delivery.is_input:
+            site_ids = [self._input_id(name) for name in delivery.names]
+            self._put_each(delivery, site_ids, values)
+            return
+        site_ids = [self._site_ids[name] for name in delivery.names]
+        num_values, num_bytes = len(values), sum(value.nbytes for value in values)
+        packed = self._packer.pack(site_ids, delivery.calls, values, delivery.full_shapes, num_bytes)
+        if packed is not None:
+            # What remains is one object for all.
+            values.clear()
+            kept = num_bytes + RECORD_OVERHEAD_BYTES
+            self._budget.release(delivery.num_bytes - kept)
+            self._writer.put_packed(packed[0], delivery.step, packed[1], _Release(self._budget, kept))
+        else:
+            self._put_each(delivery, site_ids, values)
+        self.records += num_values
+        self.raw_bytes += num_bytes
+
+    def _put_each(self, delivery: Delivery, site_ids: Sequence[int], values: list[torch.Tensor]) -> None:
+        left = delivery.num_bytes
+        full_shapes = delivery.full_shapes
+        values.reverse()
+        for index in range(len(values)):
+            # Not held here any longer: a value that is not contiguous is copied, and goes then.
+            value = values.pop()
+            share = value.nbytes + RECORD_OVERHEAD_BYTES
+            left -= share
+            record = self._make_record(
+                site_id=site_ids[index],
+                step=delivery.step,
+                call=delivery.calls[index],
+                dtype=str(value.dtype).removeprefix("torch."),
+                shape=tuple(value.shape),
+                full_shape=full_shapes[index] if full_shapes is not None else None,
+            )
+            self._writer.put(record, host_bytes(value), _Release(self._budget, share))
+        if left:
+            self._budget.release(left)
+
+    def _input_id(self, name: str) -> int:
+        if name not in self._input_ids:
+            self._input_ids[name] = self._writer.add_site(name, "input")
+        return self._input_ids[name]
+
+    def _fail(self, failure: BaseException) -> None:
+        if self.failure is None:
+            self.failure = failure
+        self._budget.shut()
+
+
+class _Release:
+    """Gives a record's bytes back once; cheaper to make than a closure."""
+
+    __slots__ = ("_budget", "_num_bytes")
+
+    def __init__(self, budget: HostBudget, num_bytes: int) -> None:
+        self._budget = budget
+        self._num_bytes = num_bytes
+
+    def __call__(self) -> None:
+        self._budget.release(self._num_bytes)

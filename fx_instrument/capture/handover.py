@@ -1,0 +1,70 @@
+"""From the threads that run the model to the drain thread: many values for each time that it is woken."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .transfer import Landing
+
+_WAKE_BYTES = 1 << 20
+"""So much waits at most for the drain thread's next tick: a quarter of the page that it goes into anyway."""
+
+
+@dataclass(slots=True)
+class Delivery:
+    """The values of one graph run, or the integer inputs of a step."""
+
+    step: int
+    names: Sequence[str]
+    calls: Sequence[int]
+    landing: Landing
+    full_shapes: Sequence[tuple[int, ...]] | None
+    num_bytes: int
+    is_input: bool = False
+
+
+class Handover:
+    """Deliveries in the order in which they came.
+
+    Waking a thread for every graph run would cost the model more than the hand-over itself: both then want the
+    interpreter's lock at the same time. So deliveries wait until they are many or a tick has passed.
+    """
+
+    def __init__(self) -> None:
+        self._deliveries: deque[Delivery] = deque()
+        self._waiting_bytes = 0
+        self._wake = threading.Event()
+        self._seal = False
+        self._ended = False
+
+    def put(self, delivery: Delivery) -> None:
+        self._deliveries.append(delivery)
+        # Not locked: where threads race, the drain thread comes one tick later.
+        self._waiting_bytes += delivery.num_bytes
+        if self._waiting_bytes >= _WAKE_BYTES:
+            self._wake.set()
+
+    def seal(self) -> None:
+        """Have pages that are not full yet stored at once: the buffer is full, and they may be what fills it."""
+        self._seal = True
+        self._wake.set()
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        self._ended = True
+        self._wake.set()
+
+    def take(self, timeout_s: float) -> tuple[list[Delivery], bool, bool]:
+        """``(deliveries, whether pages are to be sealed after them, whether they were the last)``."""
+        self._wake.wait(timeout_s)
+        self._wake.clear()
+        ended, seal = self._ended, self._seal
+        self._seal = False
+        self._waiting_bytes = 0
+        taken = []
+        while self._deliveries:
+            taken.append(self._deliveries.popleft())
+        return taken, seal, ended
