@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fx_instrument import BufferTooSmallError, CaptureFailedError
+from fx_instrument import BufferTooSmallError, CaptureFailedError, open_stream
 from fx_instrument.capture.budget import HostBudget
 from fx_instrument.capture.drain import RECORD_OVERHEAD_BYTES
 from fx_instrument.capture.session import Session
@@ -20,6 +21,7 @@ from fx_instrument.capture.transfer import host_bytes
 from fx_instrument.graph.gate import Gate
 from fx_instrument.graph.sites import Site
 from fx_instrument.stream.records import RecordMeta
+from fx_instrument.stream.writer import StreamWriter
 
 A, B = Site("a", "attention"), Site("b", "mlp")
 
@@ -345,3 +347,70 @@ def test_a_switch_gives_up_in_time() -> None:
     thread.join(60)
     with gate.switch(timeout_s=0.01):
         pass
+
+
+def test_a_dropped_run_stays_within_the_bound() -> None:
+    """on_full="drop": what a dropped run computes is counted while it runs, and room for it is kept free."""
+    writer = HeldWriter(hold=True)
+    share = 100 + RECORD_OVERHEAD_BYTES
+    opened = session(writer, limit=5 * share, drop=True)
+    value = torch.ones(25)
+    kept = (
+        opened.reserve([A], 100),
+        opened.reserve([A], 100),
+        opened.reserve([A], 100),
+        opened.reserve([A], 100),
+    )
+    assert [ticket.dropped for ticket in kept] == [False] * 4
+    lost = opened.reserve([A], 100)
+    assert lost.dropped and opened.report.peak_buffer_bytes == 5 * share
+    opened.deliver(lost, [A], [value], None)
+    for ticket in kept:
+        opened.deliver(ticket, [A], [value], None)
+    cancelled = opened.reserve([A], 100)
+    assert cancelled.dropped
+    opened.cancel(cancelled)
+    opened.close()
+    assert opened.report.dropped_by_site == {"a": 1} and opened.report.records == 4
+    assert opened.report.stalled_seconds == 0 and opened._budget.held_bytes == 0
+
+
+def test_dropping_takes_room_for_two_runs() -> None:
+    """on_full="drop": a graph run of more than half the buffer is refused, naming both sizes."""
+    opened = session(HeldWriter(), limit=15_000, drop=True)
+    with pytest.raises(BufferTooSmallError, match=r"captures 8000 bytes.*on_full='drop'.*15000 bytes"):
+        opened.reserve([A], 8000)
+    assert not opened.reserve([A], 6000).dropped
+    opened.close()
+
+
+def test_who_waits_is_not_kept_waiting_by_an_open_page(tmp_path: Path) -> None:
+    """on_full="stall": values in a page that is not full yet are written as soon as a call waits for room."""
+    writer = StreamWriter(tmp_path / "o.stream", metadata={}, codec="none", num_workers=1, memory_bytes=1)
+    limit = writer.memory_bytes + 3 * (4000 + RECORD_OVERHEAD_BYTES)
+    opened = session(writer, limit=limit)
+    for _ in range(30):
+        opened.begin_step({})
+        run_graph(opened, torch.ones(1000))
+        opened.end_step()
+    opened.close()
+    assert opened.report.records == 30 and opened.report.dropped_records == 0
+    assert opened.report.peak_buffer_bytes <= limit
+
+
+def test_values_of_many_runs_are_packed(tmp_path: Path) -> None:
+    """Small values go through packs, in any number of runs, large ones by themselves; each reads back."""
+    writer = StreamWriter(tmp_path / "o.stream", metadata={}, codec="zstd", num_workers=1)
+    opened = session(writer, limit=100_000_000)
+    for step in range(20):
+        opened.begin_step({"input_ids": torch.tensor([[step]])})
+        run_graph(opened, torch.full((2, 8), float(step)), torch.full((2, 8), -float(step)))
+        run_graph(opened, torch.full((100_000,), float(step)), torch.ones(1))
+        opened.end_step()
+    opened.close()
+    assert opened.report.records == 80 and opened._budget.held_bytes == 0
+    with open_stream(tmp_path / "o.stream") as stream:
+        for step in range(20):
+            assert torch.equal(stream.read("a", step=step, call=0), torch.full((2, 8), float(step)))
+            assert torch.equal(stream.read("b", step=step, call=0), torch.full((2, 8), -float(step)))
+            assert torch.equal(stream.read("a", step=step, call=1), torch.full((100_000,), float(step)))

@@ -60,7 +60,8 @@ class Handover:
     def take(self, timeout_s: float) -> tuple[list[Delivery], bool, bool]:
         """``(deliveries, whether pages are to be sealed after them, whether they were the last)``."""
         self._wake.wait(timeout_s)
-        self._wake.clear()
+        if not self._ended:
+            self._wake.clear()
         ended, seal = self._ended, self._seal
         self._seal = False
         self._waiting_bytes = 0

@@ -70,7 +70,7 @@ class CaptureReport:
             return f"{target} was not held: {self.achieved_gbps:.3g} GB/s"
         beyond = "this disk" if self.bottleneck == "disk" else "these cores"
         return (
-            f"{target} is beyond {beyond}, which take {self.capacity_gbps:.3g} GB/s; "
+            f"{target} is beyond {beyond}, at most {self.capacity_gbps:.3g} GB/s; "
             f"{self.achieved_gbps:.3g} GB/s were stored"
         )
 

@@ -147,7 +147,7 @@ class Session:
         self._transfer.before_graph()
         if self._closed:
             return _Ticket(0, dropped=True)
-        if not self._drop:
+        if not self._drop or needed > self._budget.limit_bytes:
             granted = self._acquire(total)
             return _Ticket(total if granted else 0, dropped=not granted)
         # The graph computes its values, dropped or not. So room for another run of the largest that there was is

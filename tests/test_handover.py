@@ -1,0 +1,137 @@
+"""From graph runs to the drain thread: nothing lost, order kept, small values packed as they would be one by one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fx_instrument.capture.handover import Delivery, Handover
+from fx_instrument.capture.packing import Packer
+from fx_instrument.capture.transfer import Landing, host_bytes
+
+
+def delivery(step: int, num_bytes: int = 10) -> Delivery:
+    return Delivery(step, ("a",), (0,), Landing([], None, None), None, num_bytes)
+
+
+def test_deliveries_come_in_order_and_together() -> None:
+    """What was put before a take comes with it, in order; then a request to seal, once."""
+    handover = Handover()
+    for step in range(3):
+        handover.put(delivery(step))
+    handover.seal()
+    taken, seal, ended = handover.take(60)
+    assert [one.step for one in taken] == [0, 1, 2] and seal and not ended
+    assert handover.take(0.0) == ([], False, False)
+
+
+def test_many_bytes_wake_at_once() -> None:
+    """A small delivery waits for the tick; one that makes it a megabyte does not, and neither does the end."""
+    handover = Handover()
+    handover.put(delivery(0))
+    began = time.monotonic()
+    handover.put(delivery(1, 1 << 20))
+    assert [one.step for one in handover.take(3600)[0]] == [0, 1]
+    handover.put(delivery(2))
+    handover.end()
+    assert [one.step for one in handover.take(3600)[0]] == [2]
+    assert handover.take(3600) == ([], False, True)
+    assert time.monotonic() - began < 3600
+
+
+def test_nothing_is_lost_between_threads() -> None:
+    """Four threads put while one takes: every delivery arrives once, each thread's in order."""
+    handover = Handover()
+
+    def put(first: int) -> None:
+        for number in range(500):
+            handover.put(delivery(first + number, 1 << 18))
+
+    threads = [threading.Thread(target=put, args=(1000 * index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    found: list[int] = []
+    while len(found) < 2000:
+        found += [one.step for one in handover.take(0.05)[0]]
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == [1000 * index + number for index in range(4) for number in range(500)]
+    for index in range(4):
+        mine = [step for step in found if step // 1000 == index]
+        assert mine == sorted(mine)
+
+
+def layout(dtype: str, records: Iterable[tuple[int, int, Any]]) -> tuple[str, list[tuple[int, int, Any]]]:
+    return dtype, list(records)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 5), st.sampled_from([(2, 3), (4, 1, 3), (7,), (), (0, 3)])),
+        min_size=2,
+        max_size=8,
+    ),
+    st.booleans(),
+)
+def test_packed_bytes_are_those_of_the_values(
+    sites: list[tuple[int, tuple[int, ...]]], strided: bool
+) -> None:
+    """Any sites and shapes, contiguous or not: by site and call, each value's bytes in row-major order."""
+    packer = Packer(layout, 1 << 20)
+    calls: dict[int, int] = {}
+    rows, values = [], []
+    for number, (site, shape) in enumerate(sites):
+        call = calls[site] = calls.get(site, -1) + 1
+        value = torch.arange(100 * number, 100 * number + torch.Size(shape).numel(), dtype=torch.float32)
+        value = value.view(shape)
+        if strided and value.dim() == 2:
+            value = value.t().contiguous().t()
+        values.append(value)
+        rows.append((site, call, shape))
+    num_bytes = sum(value.nbytes for value in values)
+    for _ in range(2):
+        packed = packer.pack([row[0] for row in rows], [row[1] for row in rows], values, None, num_bytes)
+        if not num_bytes:
+            assert packed is None
+            return
+        assert packed is not None
+        order = sorted(range(len(rows)), key=lambda index: rows[index][:2])
+        assert packed[0] == ("float32", [(*rows[index][:2], (rows[index][2], None)) for index in order])
+        assert packed[1].tobytes() == b"".join(host_bytes(values[index]).tobytes() for index in order)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [torch.ones(3)],
+        [torch.ones(3), torch.ones(3, dtype=torch.bfloat16)],
+        [torch.ones(3, dtype=torch.int64)] * 2,
+        [torch.ones(9000), torch.ones(9000)],
+        [torch.ones(8000) for _ in range(40)],
+        [torch.ones(3, dtype=torch.float8_e4m3fn)] * 2,
+    ],
+    ids=["one", "two dtypes", "integers", "large", "more than fits", "float8"],
+)
+def test_other_values_go_one_by_one(values: list[torch.Tensor]) -> None:
+    """A single value, mixed or unusual dtypes, large ones, and more than there is room for are not packed."""
+    packer = Packer(layout, 1 << 20)
+    count = len(values)
+    num_bytes = sum(value.nbytes for value in values)
+    assert packer.pack(list(range(count)), [0] * count, values, None, num_bytes) is None
+
+
+def test_sampled_values_keep_their_full_shapes() -> None:
+    """Layouts differ by the shape that the values were sampled from."""
+    packer = Packer(layout, 1 << 20)
+    values = [torch.ones(3), torch.ones(3)]
+    for full in ((10, 3), (30,)):
+        packed = packer.pack([0, 1], [0, 0], values, [full, full], 24)
+        assert packed is not None and packed[0][1] == [(0, 0, ((3,), full)), (1, 0, ((3,), full))]
