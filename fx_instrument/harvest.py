@@ -6,24 +6,27 @@
       manifest.jsonl               a line a file, once the harvest is collected
 
 A process that is started again takes a new file. What counts as done is read from the files themselves: a batch whose
-values did not all reach its file is run again.
+values did not all reach its file is run again. A process holds a lock on its manifest as long as it writes, so that
+its file is judged once it has ended (or died).
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import threading
+import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO
 
 from .activations import ActivationStream, open_stream
-from .capture_block import Capture
-from .errors import CorruptStreamError, InstrumentationError, TruncatedStreamError
+from .errors import InstrumentationError, TruncatedStreamError
 from .framework import InstrumentationFramework
 from .repair import recover_stream
 
@@ -65,13 +68,22 @@ class Harvest:
         self.folder = Path(folder)
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path = self.folder / f"{name}-{uuid.uuid4().hex[:8]}.stream"
-        self._capture: Capture = framework.capture_activations(self.path, mode="x")
-        self._lines: Any = None
+        self._capture = framework.capture_activations(self.path, mode="x")
+        self._lines: IO[str]
+        self._turn = threading.Lock()
 
     def __enter__(self) -> Harvest:
-        self._capture.__enter__()
         notes = self.path.with_suffix(".jsonl")
-        self._lines = os.fdopen(os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8")
+        self._lines = os.fdopen(
+            os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
+        )
+        try:
+            fcntl.flock(self._lines, fcntl.LOCK_EX)
+            self._capture.__enter__()
+        except BaseException:
+            self._lines.close()
+            notes.unlink()
+            raise
         return self
 
     def __exit__(
@@ -93,57 +105,93 @@ class Harvest:
         Raises:
             InstrumentationError: nothing was captured inside the block.
         """
-        first = self._capture.report.steps
-        yield
-        end = self._capture.report.steps
-        if end == first:
-            raise InstrumentationError(
-                f"the batch of {len(ids)} inputs made no forward call of the instrumented model"
-            )
-        line = {"steps": [first, end], "rows": len(ids), "ids": [str(one) for one in ids]}
-        self._lines.write(json.dumps(line) + "\n")
-        self._lines.flush()
+        # Steps are told apart by their number, so batches of several threads take turns.
+        with self._turn:
+            first = self._capture.report.steps
+            yield
+            end = self._capture.report.steps
+            if end == first:
+                raise InstrumentationError(
+                    f"the batch of {len(ids)} inputs made no forward call of the instrumented model"
+                )
+            line = {"steps": [first, end], "rows": len(ids), "ids": [str(one) for one in ids]}
+            self._lines.write(json.dumps(line) + "\n")
+            self._lines.flush()
 
 
-def finished_ids(folder: str | os.PathLike[str]) -> set[str]:
+def finished_ids(folder: str | os.PathLike[str], *, timeout_s: float = 60.0) -> set[str]:
     """Ids of the inputs whose values lie whole in a file of ``folder``; empty if there is no such folder.
 
-    Also of files that are still written or whose writer was killed.
+    Of a process that was killed, those that had reached its file.
+
+    Args:
+        timeout_s: how long to wait for processes that are ending their files.
+
+    Raises:
+        TimeoutError: a process writes still.
     """
-    return {one for found in _files(Path(folder)) for one in found.ids}
+    return {one for found in _files(Path(folder), timeout_s) for one in found.ids}
 
 
-def collect(folder: str | os.PathLike[str]) -> list[HarvestedFile]:
+def collect(folder: str | os.PathLike[str], *, timeout_s: float = 60.0) -> list[HarvestedFile]:
     """End what was left without an index, and write ``manifest.jsonl``: a line a file, with its rows and their ids.
 
-    To be called when all processes are done. Files that hold nothing whole are left out, and left alone.
+    To be called when the processes are done. Files that hold nothing whole are left out, and left alone.
+
+    Args:
+        timeout_s: how long to wait for processes that are ending their files.
+
+    Raises:
+        TimeoutError: a process writes still.
     """
     folder = Path(folder)
-    for stream, _ in _pairs(folder):
-        with contextlib.suppress(TruncatedStreamError, CorruptStreamError):
-            try:
-                open_stream(stream).close()
-            except TruncatedStreamError:
-                recover_stream(stream)
-    files = [found for found in _files(folder) if found.rows]
+    for path, _ in _pairs(folder, timeout_s):
+        try:
+            open_stream(path).close()
+        except TruncatedStreamError:
+            with contextlib.suppress(TruncatedStreamError):
+                recover_stream(path)
+    files = [found for found in _files(folder, timeout_s) if found.rows]
     part = folder / f".{MANIFEST}.part"
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as lines:
+    with os.fdopen(
+        os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
+    ) as lines:
         lines.writelines(json.dumps(asdict(found)) + "\n" for found in files)
     part.replace(folder / MANIFEST)
     return files
 
 
-def _pairs(folder: Path) -> Iterable[tuple[Path, Path]]:
-    notes = [path for path in sorted(folder.glob("*.jsonl")) if path.name != MANIFEST]
-    return [(path.with_suffix(".stream"), path) for path in notes if path.with_suffix(".stream").exists()]
+def _pairs(folder: Path, timeout_s: float) -> Iterator[tuple[Path, Path]]:
+    """Each stream file whose process has ended, with its notes."""
+    deadline_s = time.monotonic() + timeout_s
+    for notes in sorted(folder.glob("*.jsonl")):
+        stream = notes.with_suffix(".stream")
+        if notes.name == MANIFEST or not stream.exists():
+            continue
+        with notes.open(encoding="utf-8") as opened:
+            while not _try_lock(opened):
+                if time.monotonic() >= deadline_s:
+                    raise TimeoutError(
+                        f"{stream} is still being written: a process holds the lock of {notes.name}"
+                    )
+                time.sleep(0.05)
+        yield stream, notes
 
 
-def _files(folder: Path) -> Iterator[HarvestedFile]:
-    for path, notes in _pairs(folder):
+def _try_lock(opened: IO[str]) -> bool:
+    try:
+        fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _files(folder: Path, timeout_s: float) -> Iterator[HarvestedFile]:
+    for path, notes in _pairs(folder, timeout_s):
         try:
             stream = open_stream(path, recover=True)
-        except (TruncatedStreamError, CorruptStreamError):
-            continue
+        except TruncatedStreamError:
+            continue  # killed before anything reached the file
         with stream:
             ids: list[str] = []
             steps = 0
@@ -165,7 +213,11 @@ def _batches(notes: Path) -> Iterator[tuple[int, int, list[str]]]:
 
 def _is_whole(stream: ActivationStream, steps: range) -> bool:
     summary = stream.metadata.get("summary") or {}
-    if summary and not summary.get("failed") and not stream.damage:
+    if summary and not (summary.get("failed") or summary.get("recovered") or stream.damage):
         # Ended as it should be: what a module did not record, it did not return.
         return steps.stop <= stream.num_steps
-    return all(stream.find(site.name, step) is not None for step in steps for site in stream.sites)
+    return steps.stop <= stream.num_steps and all(
+        len(stream.inputs(step)) == len(stream.input_names)
+        and all(stream.find(site.name, step) is not None for site in stream.sites)
+        for step in steps
+    )

@@ -1,0 +1,117 @@
+"""A harvest by several processes: what is whole is known by its inputs' ids, what is not is run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from models import PLAIN, make, tokens
+
+from fx_instrument import InstrumentationConfig, InstrumentationError, InstrumentationFramework, open_stream
+from fx_instrument.harvest import MANIFEST, Harvest, collect, finished_ids
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def instrumented() -> tuple[torch.nn.Module, InstrumentationFramework]:
+    model = make(PLAIN)
+    framework = InstrumentationFramework(InstrumentationConfig(max_memory_gb=0.05))
+    framework.instrument_model(model, backend="eager")
+    return model, framework
+
+
+def test_files_and_manifest(tmp_path: Path) -> None:
+    """Each harvest has a private file; the manifest names rows and ids; the folder reads as one stream."""
+    model, framework = instrumented()
+    folder = tmp_path / "h"
+    assert finished_ids(folder) == set()
+    for part in range(2):
+        with Harvest(framework, folder, name=f"rank-{part}") as harvest:
+            for step in range(3):
+                ids = [f"{part}-{step}-{row}" for row in range(4)]
+                with harvest.batch(ids):
+                    model(tokens(4, 5, seed=step))
+            with pytest.raises(InstrumentationError, match="no forward call"), harvest.batch(["x"]):
+                pass
+            with pytest.raises(TimeoutError, match="still being written"):
+                collect(folder, timeout_s=0)
+    expected = {f"{part}-{step}-{row}" for part in range(2) for step in range(3) for row in range(4)}
+    assert finished_ids(folder) == expected
+    files = collect(folder)
+    lines = [json.loads(line) for line in (folder / MANIFEST).read_text().splitlines()]
+    assert [(line["file"], line["rows"], line["steps"]) for line in lines] == [(f.file, 12, 3) for f in files]
+    assert [file.file.startswith(f"rank-{part}-") for part, file in enumerate(files)] == [True, True]
+    assert files[0].ids[4:6] == ("0-1-0", "0-1-1")
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (folder, *folder.iterdir()))
+    with open_stream(folder) as stream:
+        assert stream.num_steps == 6 and len(stream) == 6 * 2 * PLAIN.depth
+
+
+def test_an_error_inside_a_batch(tmp_path: Path) -> None:
+    """A batch that failed is not noted, the others of its file are."""
+    model, framework = instrumented()
+    with pytest.raises(RuntimeError, match="mine"), Harvest(framework, tmp_path / "h") as harvest:
+        with harvest.batch(["a"]):
+            model(tokens(1, 3))
+        with harvest.batch(["b"]):
+            model(tokens(1, 3))
+            raise RuntimeError("mine")
+    assert finished_ids(tmp_path / "h") == {"a"}
+    with pytest.raises(ValueError, match="name"):
+        Harvest(framework, tmp_path / "h", name="../x")
+
+
+def test_a_killed_process(tmp_path: Path) -> None:
+    """What had reached the file of a killed process is kept, as whole batches; collecting ends its file."""
+    script = """
+        import os, sys, time
+        sys.path.insert(0, sys.argv[2])
+        import torch
+        from test_harvest import instrumented
+        from models import tokens
+        from fx_instrument.harvest import Harvest
+        model, framework = instrumented()
+        with torch.no_grad(), Harvest(framework, sys.argv[1]) as harvest:
+            for batch in range(60):
+                with harvest.batch([f"{batch}-{row}" for row in range(8)]):
+                    model(tokens(8, 32, seed=batch))
+                if batch == 50:
+                    while harvest._capture.report.stored_bytes < 500_000:
+                        time.sleep(0.01)
+                    print("ready", flush=True)
+            time.sleep(600)
+    """
+    folder = tmp_path / "h"
+    command = [sys.executable, "-c", textwrap.dedent(script), str(folder), str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait(60)
+    done = finished_ids(folder)
+    assert done and len(done) % 8 == 0
+    assert done == {f"{batch}-{row}" for batch in range(len(done) // 8) for row in range(8)}
+    (file,) = collect(folder)
+    assert set(file.ids) == done == finished_ids(folder)
+    model = make(PLAIN)
+    with open_stream(folder) as stream:
+        step = file.steps - 1
+        assert torch.equal(stream.inputs(step)["input_ids"], tokens(8, 32, seed=step))
+        captured = stream.read("layers.1.mlp", step)
+    seen: list[torch.Tensor] = []
+    model.layers[1].mlp.register_forward_hook(lambda module, args, output: seen.append(output))
+    model(tokens(8, 32, seed=step))
+    assert torch.equal(captured, seen[0])
