@@ -1,0 +1,1 @@
+"""What capturing costs, beside hooks and beside nothing: ``python -m benchmarks --help``."""

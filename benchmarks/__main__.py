@@ -1,0 +1,3 @@
+from .overhead.cli import main
+
+main()

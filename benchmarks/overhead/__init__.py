@@ -1,0 +1,1 @@
+"""Hooks against the rewritten graph: variants, workloads, and how they are measured."""

@@ -1,0 +1,146 @@
+"""``python -m benchmarks``: hooks against the rewritten graph, measured; a table, JSON and plots."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import plots, report, sections
+
+SCHEMA = 1
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--quick", is_flag=True, help="Fewer variants, workloads and rounds: about 3 minutes.")
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice(list(sections.SECTIONS)),
+    help="Only this section; may be given several times. Adds to --output's file if it is there.",
+)
+@click.option(
+    "--rounds", type=click.IntRange(min=1), help="Interleaved rounds of each workload [7, quick 5]."
+)
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, or cuda where there is one.")
+@click.option("--mode", help="torch.compile's mode for every compiled variant, e.g. reduce-overhead.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="torch's threads.")
+@click.option("--no-peers", is_flag=True, help="Leave other libraries out.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The JSON file; tables (.md) and plots (.png) beside it [benchmarks/results/DATE-overhead-DEVICE.json].",
+)
+def main(
+    quick: bool,
+    only: tuple[str, ...],
+    rounds: int | None,
+    dtype: str,
+    device: str,
+    mode: str | None,
+    threads: int,
+    no_peers: bool,
+    output: Path | None,
+) -> None:
+    """What capturing costs: the compiled model with captures in its graph, beside hooks and beside nothing.
+
+    Every variant runs once a round in one process, in turning order; figures are medians over rounds of its time by
+    that of "compiled, nothing captured" in the same round, with 95 % bootstrap intervals.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise click.BadParameter("this torch finds no CUDA device", param_hint="--device")
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    torch.set_num_threads(threads)
+    today = datetime.date.today().isoformat()
+    if output is None:
+        kind = torch.cuda.get_device_name().split()[-1].lower() if device.startswith("cuda") else "cpu"
+        output = RESULTS / f"{today}-overhead-{kind}{'-quick' if quick else ''}.json"
+    options = sections.Options(
+        dtype=getattr(torch, dtype),
+        device=device,
+        rounds=rounds or (5 if quick else 7),
+        quick=quick,
+        compile_options={"mode": mode} if mode else {},
+        with_peers=not no_peers,
+    )
+    result = begin(output, bool(only), today, device)
+    result["dtype"] = dtype
+    console = Console()
+    names = only or (sections.QUICK if quick else tuple(sections.SECTIONS))
+    with _progress() as progress:
+        task = progress.add_task("", total=len(names))
+        options.say = lambda text: progress.update(task, description=text)
+        for name in names:
+            result["sections"].update(sections.run([name], options))
+            progress.advance(task)
+            write(result, output)
+    show(result, console)
+    console.print(f"figures in {output}, tables in {output.with_suffix('.md')}, plots beside them")
+
+
+def begin(output: Path, adds: bool, today: str, device: str) -> dict[str, Any]:
+    """The result so far: that of ``output`` if sections are added to it, else an empty one."""
+    command = " ".join(["python -m benchmarks", *sys.argv[1:]])
+    result: dict[str, Any] = {"commands": [], "sections": {}}
+    if adds and output.exists():
+        result = json.loads(output.read_text())
+        if result.get("schema") != SCHEMA:
+            raise click.BadParameter(
+                f"{output} has schema {result.get('schema')!r}, expected {SCHEMA}: give another file",
+                param_hint="--output",
+            )
+    result["commands"].append(command)
+    return {
+        "schema": SCHEMA,
+        "date": today,
+        "machine": report.machine(device),
+        "versions": report.versions(),
+        **{key: result[key] for key in ("commands", "sections")},
+    }
+
+
+def write(result: dict[str, Any], output: Path) -> None:
+    """JSON, tables and plots; after each section, so that a run that is cut off keeps what it has."""
+    result["cost_model"] = sections.cost_model({**result["sections"], "dtype": result["dtype"]})
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    output.with_suffix(".md").write_text(report.markdown(result))
+    plots.draw(result, output.parent, output.stem)
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    for title, header, rows in report.tables(result):
+        shown = Table(title=title, title_justify="left", show_edge=False)
+        for name in header:
+            shown.add_column(name, justify="left" if name == "variant" else "right", no_wrap=True)
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown)
+    if found := report.goals(result):
+        shown = Table(title="goals", title_justify="left", show_edge=False)
+        for name in ("workload", "what", "goal", "figure", "95 % interval", ""):
+            shown.add_column(name)
+        for row in found:
+            shown.add_row(*row)
+        console.print(shown)
+
+
+def _progress() -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        BarColumn(bar_width=20),
+        TextColumn("{task.completed}/{task.total} {task.description}"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )

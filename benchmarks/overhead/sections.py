@@ -1,0 +1,333 @@
+"""The parts of the benchmark; each returns plain JSON values."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+
+from fx_instrument import HookGranularity
+
+from . import costs, instructions, measure, models, peers, timeline, variants
+from .measure import clock
+from .variants import BASE, Setup, Variant
+from .workloads import Bench, Workload
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Options:
+    """What the command line chose."""
+
+    dtype: torch.dtype
+    device: str
+    rounds: int
+    quick: bool
+    compile_options: dict[str, Any] = field(default_factory=dict)
+    with_peers: bool = True
+    say: Callable[[str], None] = lambda text: None
+    """Called with what is being done."""
+
+
+def table(
+    chosen: Sequence[Variant],
+    workload: Workload,
+    model: Any,
+    options: Options,
+    *,
+    rounds: int | None = None,
+    missing: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Check every variant on a workload, measure all of them in interleaved rounds: a row each."""
+    bench = Bench(workload, model)
+    rows: dict[str, dict[str, Any]] = {}
+    alive, reference = [], None
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for variant in chosen:
+            if variant.kinds and workload.kind not in variant.kinds:
+                continue
+            options.say(f"{workload.name}: compile and check {variant.name}")
+            try:
+                checked, output = measure.check(variant, bench, folder, reference)
+            except Exception as error:
+                if variant.name == BASE:
+                    raise
+                log.warning("%s on %s: %r", variant.name, workload.name, error)
+                rows[variant.name] = {"error": f"failed: {peers.first_line(error)}"}
+                continue
+            reference = output if reference is None else reference
+            rows[variant.name] = {**measure.described(checked), "note": variant.note}
+            if variant.counts_of in rows:
+                for count in ("graphs", "breaks", "recompiles", "kernels"):
+                    rows[variant.name][count] = rows[variant.counts_of][count]
+            alive.append(variant)
+        number = rounds or options.rounds
+        done = iter(range(1, number * len(alive) + 1))
+        say = options.say
+        samples = measure.rounds(
+            alive,
+            bench,
+            folder,
+            number,
+            lambda: say(f"{workload.name}: run {next(done)} of {number * len(alive)}"),
+        )
+    for variant in alive:
+        rows[variant.name].update(measure.figures(samples, variant.name, bench))
+    for name, reason in (missing or {}).items():
+        rows[name] = {"error": reason}
+    return {"workload": asdict(workload), "rounds": number, "variants": rows}
+
+
+def main_workloads(options: Options) -> list[Workload]:
+    if options.quick:
+        return [Workload("prefill", 4, 128, 2), Workload("decode-dynamic", 4, 32, 16)]
+    return [
+        Workload("prefill", 4, 128, 4),
+        Workload("decode-static", 4, 32, 32),
+        Workload("decode-dynamic", 4, 32, 32),
+        Workload("generate", 4, 32, 32),
+    ]
+
+
+def real(options: Options) -> dict[str, Any]:
+    """All variants on SmolLM2-135M, then those that matter with no core idle."""
+    options.say("loading SmolLM2-135M")
+    model, tokenizer = models.smollm(options.dtype, options.device)
+    setup = Setup(model, options=options.compile_options, tokenizer=tokenizer)
+    chosen = [
+        variants.compiled(setup),
+        *variants.ours(setup),
+        variants.sampled(setup, 0.01),
+        *variants.traced_hooks(setup),
+        variants.plain(setup),
+    ]
+    others: list[Variant] = []
+    missing: dict[str, str] = {}
+    if not options.quick:
+        chosen += [variants.hooked(setup, compiled=False), variants.hooked(setup, compiled=True)]
+        if options.with_peers:
+            others, missing = peers.peers(setup)
+    found: dict[str, Any] = {}
+    for workload in main_workloads(options):
+        found[workload.name] = table(chosen, workload, model, options)
+        if others and workload.kind == "prefill":
+            # Some of them take many times as long, so they get fewer rounds, and rounds of their own.
+            few = table([chosen[0], *others], workload, model, options, rounds=3, missing=missing)
+            rows = few["variants"]
+            rows.pop(BASE)
+            found[workload.name]["variants"].update(rows)
+            found[workload.name]["rounds_of_peers"] = 3
+        if not options.quick and options.device == "cpu" and workload.kind in ("prefill", "decode-dynamic"):
+            busy = [v for v in chosen if v.name == BASE or v.name.startswith("FX") or "traced" in v.name]
+            with measure.one_core():
+                found[f"{workload.name}, no idle core"] = table(busy, workload, model, options)
+    return {"model": "SmolLM2-135M-Instruct", "workloads": found}
+
+
+def kinds(options: Options) -> dict[str, Any]:
+    """Granularities, codecs and sampling rates, on a toy."""
+    model = models.toy(options.dtype, options.device)
+    setup = Setup(model, options=options.compile_options)
+    attention = variants.ours(setup, name="FX attention only", granularity=HookGranularity.ATTENTION_ONLY)
+    mlp = variants.ours(setup, name="FX MLP only", granularity=HookGranularity.MLP_ONLY)
+    chosen = [
+        variants.compiled(setup),
+        *variants.ours(setup, codecs=("none", "lz4", "zstd")),
+        attention[2],
+        mlp[2],
+        *(variants.sampled(setup, rate) for rate in (0.001, 0.01, 0.1)),
+    ]
+    for variant in chosen:
+        variant.counts_of = variant.counts_of if variant.counts_of == "FX, null sink" else ""
+    workloads = [Workload("prefill", 4, 128, 8), Workload("decode-static", 4, 16, 32)]
+    found = {workload.name: table(chosen, workload, model, options) for workload in workloads}
+    return {"model": "toy, 4 layers of width 256", "workloads": found}
+
+
+def shapes(options: Options) -> dict[str, Any]:
+    """Overhead against batch and length, prefill of a toy; returns the tables and points for the cost model."""
+    model = models.toy(options.dtype, options.device)
+    setup = Setup(model, options=options.compile_options)
+    chosen = [variants.compiled(setup), *variants.ours(setup)[1:], variants.traced_hooks(setup)[1]]
+    sizes = [(1, 128), (2, 128), (4, 128), (8, 128), (4, 32), (4, 64), (4, 256), (4, 512)]
+    found = {}
+    for batch, length in sizes:
+        # As many tokens in each block, or what opening and closing it costs would look like a matter of shape.
+        workload = Workload("prefill", batch, length, max(2, 8192 // (batch * length)))
+        found[workload.name] = table(chosen, workload, model, options)
+    return {"model": "toy, 4 layers of width 256", "workloads": found}
+
+
+MANY = ("self_attn", "mlp", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj",
+        "input_layernorm", "post_attention_layernorm")  # fmt: skip
+
+
+def scaling(options: Options) -> dict[str, Any]:
+    """Overhead against the number of sites at a constant model, against depth, and the cost model."""
+    options.say("scaling: the deep toy")
+    deep = models.toy(options.dtype, options.device, depth=32, width=64)
+    layers = len(deep.model.layers)  # type: ignore[arg-type, union-attr]
+    names = [f"model.layers.{layer}.{part}" for part in MANY for layer in range(layers)]
+    by_sites, points = {}, []
+    held_out = 128
+    workloads = [Workload("prefill", 4, 64, 16), Workload("decode-static", 4, 16, 64)]
+    for count in (8, 32, 64, held_out, 256):
+        setup = Setup(deep, sites=names[:count], options=options.compile_options)
+        chosen = [variants.compiled(setup), *variants.ours(setup)[1:]]
+        for workload in workloads:
+            key = f"{count} sites, {workload.name}"
+            rows = table(chosen, workload, deep, options)
+            by_sites[key] = rows
+            points += _points(rows, key, count, _bytes_of(deep, names[:count], workload))
+        gc.collect()
+    by_depth = {}
+    for depth in (2, 8):
+        model = models.toy(options.dtype, options.device, depth=depth, width=64)
+        setup = Setup(model, options=options.compile_options)
+        chosen = [variants.compiled(setup), *variants.ours(setup)[1:]]
+        by_depth[f"{depth} layers, {workloads[0].name}"] = table(chosen, workloads[0], model, options)
+    by_depth[f"{layers} layers, {workloads[0].name}"] = by_sites[f"64 sites, {workloads[0].name}"]
+    return {
+        "model": "toys of width 64; 32 layers where the number of sites changes",
+        "workloads": by_sites,
+        "by_depth": by_depth,
+        "points": [asdict(point) for point in points],
+        "held_out": f"{held_out} sites",
+    }
+
+
+def _bytes_of(model: Any, sites: Sequence[str], workload: Workload) -> float:
+    width, wide = model.config.hidden_size, model.config.intermediate_size
+    channels = sum(wide if name.endswith("up_proj") else width for name in sites)
+    rows = workload.rows / workload.calls
+    return float(rows * channels * next(model.parameters()).element_size())
+
+
+def _points(rows: dict[str, Any], label: str, sites: int, num_bytes: float) -> list[costs.Point]:
+    """What a file with zstd adds to a step, for the cost model."""
+    steps = rows["workload"]["steps"]
+    base = rows["variants"][BASE]["cpu_seconds"] / steps
+    found = []
+    for name, row in rows["variants"].items():
+        if name == "FX, zstd file":
+            added = base * (row["cpu_time_ratio"] - 1)
+            found.append(costs.Point(label, num_bytes, sites, base, added))
+    return found
+
+
+def cost_model(sections: dict[str, Any]) -> dict[str, Any] | None:
+    """Fit the points of ``scaling`` and ``shapes``; hold it against the number of sites left out and the real model."""
+    points = [costs.Point(**point) for point in sections.get("scaling", {}).get("points", [])]
+    for name, rows in sections.get("shapes", {}).get("workloads", {}).items():
+        workload = Workload(**rows["workload"])
+        num_bytes = workload.rows / workload.calls * models.TOY_WIDTH * rows_itemsize(sections) * 8
+        points += _points(rows, f"8 sites of width 256, {name}", 8, num_bytes)
+    left_out = sections.get("scaling", {}).get("held_out", "")
+    seen = [point for point in points if not point.label.startswith(left_out or "-")]
+    unseen = [point for point in points if point not in seen]
+    for name, rows in sections.get("real", {}).get("workloads", {}).items():
+        workload = Workload(**rows["workload"])
+        if workload.kind != "generate" and "idle" not in name:
+            num_bytes = workload.rows / workload.calls * 576 * rows_itemsize(sections) * 60
+            unseen += _points(rows, f"SmolLM2-135M, {name}", 60, num_bytes)
+    if len(seen) < 4:
+        return None
+    model = costs.fit(seen)
+    return {**asdict(model), "fitted": costs.against(model, seen), "held_out": costs.against(model, unseen)}
+
+
+def rows_itemsize(sections: dict[str, Any]) -> int:
+    return 4 if sections.get("dtype") == "float32" else 2
+
+
+def memory(options: Options) -> dict[str, Any]:
+    """Growth of the resident set against the length of a capture: flat."""
+    model = models.toy(options.dtype, options.device)
+    setup = Setup(model, options=options.compile_options)
+    chosen = {variant.name: variant for variant in (*variants.ours(setup)[2:], variants.compiled(setup))}
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for steps in (25, 100, 400) if options.quick else (50, 200, 800):
+            bench = Bench(Workload("prefill", 4, 128, steps), model)
+            for name, variant in chosen.items():
+                options.say(f"memory: {steps} steps, {name}")
+                clock(variant, Bench(Workload("prefill", 4, 128, 3), model), Path(folder))
+                gc.collect()
+                with measure.peak_memory() as peak:
+                    sample = clock(variant, bench, Path(folder))
+                raw = bench.workload.rows * variant.expected * variants._row_bytes(model)
+                found.setdefault(name, []).append(
+                    {"steps": steps, "raw_mb": raw / 1e6, "peak_mb": peak.mb, "seconds": sample.wall}
+                )
+    return {"model": "toy, 4 layers of width 256", "prefill": "4x128", "growth": found}
+
+
+def counted(options: Options) -> dict[str, Any]:
+    """Instructions a call, under callgrind."""
+    if reason := instructions.available():
+        return {"error": reason}
+    done = iter(range(1, 100))
+    total = len(instructions.VARIANTS)
+    options.say("instructions: under callgrind")
+    found = instructions.measure(progress=lambda: options.say(f"instructions: {next(done)} of {total}"))
+    base = found[BASE]
+    return {
+        "model": "toy, 2 layers of width 256, float32, one call of 16 tokens, AVX2",
+        "calls": instructions.CALLS,
+        "instructions_per_call": found,
+        "ratio": {name: count / base for name, count in found.items()},
+    }
+
+
+def lanes(options: Options) -> dict[str, Any]:
+    """A timeline of forward, hand-over, compression and writing."""
+    model, _ = models.smollm(options.dtype, options.device)
+    setup = Setup(model, options=options.compile_options)
+    variant = variants.ours(setup)[2]
+    workload = Workload("prefill", 4, 128, 4)
+    bench = Bench(workload, model)
+    with tempfile.TemporaryDirectory() as folder:
+        options.say("timeline: compile")
+        clock(variant, bench, Path(folder))
+        options.say("timeline: run")
+        spans = timeline.record(variant, bench, Path(folder))
+    return {"model": "SmolLM2-135M-Instruct", "workload": asdict(workload), "spans": spans}
+
+
+SECTIONS: dict[str, Callable[[Options], dict[str, Any]]] = {
+    "real": real,
+    "kinds": kinds,
+    "shapes": shapes,
+    "scaling": scaling,
+    "memory": memory,
+    "instructions": counted,
+    "timeline": lanes,
+}
+QUICK = ("real", "timeline")
+
+
+@contextlib.contextmanager
+def fresh() -> Any:
+    """Compiled code of one section is not found, or kept alive, by the next."""
+    torch._dynamo.reset()
+    gc.collect()
+    with torch.no_grad():
+        yield
+
+
+def run(names: Iterable[str], options: Options) -> dict[str, Any]:
+    found = {}
+    for name in names:
+        with fresh():
+            found[name] = SECTIONS[name](options)
+    return found

@@ -1,0 +1,117 @@
+"""The benchmark's machinery: one round on a toy gives every column, and the rows that it says are kept are kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.overhead import cli, costs, measure, models, report, sections, timeline, variants
+from benchmarks.overhead.workloads import Bench, Workload
+
+COLUMNS = {
+    "time_ratio": float,
+    "time_ratio_interval": list,
+    "cpu_time_ratio": float,
+    "tokens_per_s": float,
+    "graphs": int,
+    "breaks": int,
+    "recompiles": int,
+    "kernels": int,
+    "rows": int,
+    "expected": int,
+}
+
+
+@pytest.fixture(scope="module")
+def options() -> sections.Options:
+    return sections.Options(dtype=torch.float32, device="cpu", rounds=1, quick=True)
+
+
+def test_one_round_fills_every_column(tmp_path: Path, options: sections.Options) -> None:
+    """A row each for eager, compiled, both hook designs and ours, with all columns; every row expected is kept."""
+    model = models.toy(torch.float32, "cpu", depth=1, width=32)
+    setup = variants.Setup(model, options={"backend": "aot_eager"})
+    chosen = [
+        variants.compiled(setup),
+        variants.plain(setup),
+        *variants.ours(setup),
+        variants.sampled(setup, 0.1),
+        variants.hooked(setup, compiled=False),
+        variants.hooked(setup, compiled=True),
+        *variants.traced_hooks(setup),
+    ]
+    with torch.no_grad():
+        found = sections.table(chosen, Workload("prefill", 2, 8, 2), model, options)
+    result = cli.begin(tmp_path / "result.json", False, "2026-01-01", "cpu")
+    result |= {"dtype": "float32"}
+    result["sections"]["real"] = {"model": "toy", "workloads": {"prefill 2x8": found}}
+    cli.write(result, tmp_path / "result.json")
+    read: dict[str, Any] = json.loads((tmp_path / "result.json").read_text())
+    assert read["schema"] == cli.SCHEMA
+    assert (
+        read["commands"] and read["versions"]["torch"] == torch.__version__ and read["machine"]["cores"] >= 1
+    )
+    rows = read["sections"]["real"]["workloads"]["prefill 2x8"]["variants"]
+    assert len(rows) == len(chosen)
+    for name, row in rows.items():
+        for column, kind in COLUMNS.items():
+            assert isinstance(row[column], kind), (name, column)
+        keeps = "sink" in name or "file" in name
+        assert row["expected"] == (2 * 2 * 8 * 2 if keeps else 0), name
+        assert row["rows"] == row["expected"], name
+        assert row["equal"] in ((None,) if name == variants.BASE else (True, False))
+    assert rows["FX, zstd file"]["graphs"] == rows[variants.BASE]["graphs"] == 1
+    assert rows["compiled + hooks, zstd file"]["breaks"] > 0
+    assert rows["compiled + traced hooks, null sink"]["breaks"] == 0
+    assert (tmp_path / "result.md").read_text().startswith("# Overhead, 2026-01-01")
+    assert (tmp_path / "result-prefill-2x8.png").stat().st_size > 0
+    assert {line[1] for line in report.goals(read)} >= set(report.GOALS) - {"FX, 1.0% sampled, zstd file"}
+
+
+@pytest.mark.parametrize("kind", ["decode-static", "decode-dynamic", "generate"])
+def test_every_decode_makes_its_tokens(kind: str) -> None:
+    """A run makes one token a step, from the same state each time, whatever ran before."""
+    model = models.toy(torch.float32, "cpu", depth=1, width=32)
+    workload = Workload(kind, 2, 5, 3)
+    with torch.no_grad():
+        bench = Bench(workload, model)
+        first, again = (bench.ready()(model) for _ in range(2))
+    assert torch.equal(first, again)
+    assert first.shape[:2] == ((2, 8) if kind == "generate" else (2, 3))
+    assert workload.rows == (2 * 7 if kind == "generate" else 2 * 3)
+
+
+def test_the_timeline_sees_every_lane(tmp_path: Path) -> None:
+    """What is watched for the timeline is there: forward, hand-over, drain, compression and writing."""
+    model = models.toy(torch.float32, "cpu", depth=1, width=32)
+    variant = variants.ours(variants.Setup(model, options={"backend": "aot_eager"}))[2]
+    with torch.no_grad():
+        spans = timeline.record(variant, Bench(Workload("prefill", 1, 4, 2), model), tmp_path)
+    assert {span["lane"] for span in spans} == set(timeline.LANES)
+    assert all(0 <= span["start_s"] <= span["end_s"] for span in spans)
+
+
+def test_the_fit_finds_the_costs_it_was_given() -> None:
+    """Points made from known coefficients give them back, and none comes out negative."""
+    points = [
+        costs.Point("", num_bytes, sites, 1e-2, num_bytes * 2e-9 + sites * 3e-6 + 5e-5)
+        for num_bytes in (1e4, 1e5, 1e6)
+        for sites in (8, 64, 256)
+    ]
+    found = costs.fit(points)
+    assert np.allclose(
+        [found.seconds_per_byte, found.seconds_per_site, found.seconds_per_step], [2e-9, 3e-6, 5e-5]
+    )
+    free = costs.fit([costs.Point("", n, 8, 1.0, -n * 1e-9) for n in (1e4, 1e5, 1e6, 1e7)])
+    assert min(free.seconds_per_byte, free.seconds_per_site, free.seconds_per_step) == 0.0
+
+
+def test_intervals_hold_the_median() -> None:
+    values = np.array([1.0, 1.1, 0.9, 1.05, 1.02, 0.97, 1.3])
+    median, low, high = measure.interval(values)
+    assert low <= median == float(np.median(values)) <= high
