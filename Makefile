@@ -4,12 +4,14 @@ VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install -c constraints.txt
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test bench check format clean
 
 help:
 	@echo "make demo    capture a real SmolLM2-135M; report, table and picture in demo_output/"
 	@echo "make test    run the tests (PYTEST_ARGS='-m slow' for the long ones)"
+	@echo "make bench   what capturing costs: table, JSON and plots in benchmarks/results (BENCH_ARGS='--quick' in 3 minutes)"
 	@echo "make check   formatter, linter, type checker, tests"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make clean   remove the environment and everything that was built"
@@ -19,6 +21,9 @@ demo: $(VENV)/.ready-demo
 
 test: $(VENV)/.ready-test
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.ready-demo
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks $(BENCH_ARGS)
 
 check: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff format --check .

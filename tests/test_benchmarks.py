@@ -35,14 +35,12 @@ def options() -> sections.Options:
 def test_one_round_fills_every_column(tmp_path: Path, options: sections.Options) -> None:
     """A row each for eager, compiled, both hook designs and ours, with all columns; every row expected is kept."""
     model = models.toy(torch.float32, "cpu", depth=1, width=32)
-    setup = variants.Setup(model, options={"backend": "aot_eager"})
+    setup = variants.Setup(model, options={"backend": "eager"})
     chosen = [
         variants.compiled(setup),
         variants.plain(setup),
         *variants.ours(setup),
-        variants.sampled(setup, 0.1),
         variants.hooked(setup, compiled=False),
-        variants.hooked(setup, compiled=True),
         *variants.traced_hooks(setup),
     ]
     with torch.no_grad():
@@ -66,11 +64,24 @@ def test_one_round_fills_every_column(tmp_path: Path, options: sections.Options)
         assert row["rows"] == row["expected"], name
         assert row["equal"] in ((None,) if name == variants.BASE else (True, False))
     assert rows["FX, zstd file"]["graphs"] == rows[variants.BASE]["graphs"] == 1
-    assert rows["compiled + hooks, zstd file"]["breaks"] > 0
     assert rows["compiled + traced hooks, null sink"]["breaks"] == 0
     assert (tmp_path / "result.md").read_text().startswith("# Overhead, 2026-01-01")
     assert (tmp_path / "result-prefill-2x8.png").stat().st_size > 0
     assert {line[1] for line in report.goals(read)} >= set(report.GOALS) - {"FX, 1.0% sampled, zstd file"}
+
+
+@pytest.mark.slow
+def test_hooks_break_the_graph_and_keep_every_row(options: sections.Options) -> None:
+    """Hooks that hand values to Python break the compiled graph; sampling does not; both keep every row."""
+    model = models.toy(torch.float32, "cpu", depth=1, width=32)
+    setup = variants.Setup(model, options={"backend": "eager"})
+    chosen = [variants.compiled(setup), variants.hooked(setup, compiled=True), variants.sampled(setup, 0.1)]
+    with torch.no_grad():
+        rows = sections.table(chosen, Workload("prefill", 2, 8, 2), model, options)["variants"]
+    assert rows["compiled + hooks, zstd file"]["breaks"] > 0
+    assert rows["FX, 10.0% sampled, zstd file"]["breaks"] == 0
+    for variant in chosen[1:]:
+        assert rows[variant.name]["rows"] == rows[variant.name]["expected"] == 2 * 2 * 8 * 2
 
 
 @pytest.mark.parametrize("kind", ["decode-static", "decode-dynamic", "generate"])
@@ -89,7 +100,7 @@ def test_every_decode_makes_its_tokens(kind: str) -> None:
 def test_the_timeline_sees_every_lane(tmp_path: Path) -> None:
     """What is watched for the timeline is there: forward, hand-over, drain, compression and writing."""
     model = models.toy(torch.float32, "cpu", depth=1, width=32)
-    variant = variants.ours(variants.Setup(model, options={"backend": "aot_eager"}))[2]
+    variant = variants.ours(variants.Setup(model, options={"backend": "eager"}))[2]
     with torch.no_grad():
         spans = timeline.record(variant, Bench(Workload("prefill", 1, 4, 2), model), tmp_path)
     assert {span["lane"] for span in spans} == set(timeline.LANES)
