@@ -3,7 +3,8 @@
     python tests/killed.py FILE CODEC NUM_KILLS SEED PACE
 
 PACE "fast" captures as fast as it can into a small buffer, so that pages are small and many; "slow" one step every
-ten milliseconds into a large one, so that pages are written because of their age. A process forks a child for each
+ten milliseconds into a large one, so that pages are written because of their age; "overloaded" is "fast" on a disk
+that takes its time, so that the buffer is full and the model waits. A process forks a child for each
 capture, reads what the child says of its progress, kills it after a random time and looks at what the file has.
 Prints JSON.
 """
@@ -42,6 +43,8 @@ def capture(
     writev = os.writev
 
     def told_writev(fd: int, views: Sequence[memoryview]) -> int:
+        if pace == "overloaded":
+            select.select([], [], [], 0.002)
         written = writev(fd, views)
         os.write(pipe, EVENT.pack(b"w", os.lseek(fd, 0, os.SEEK_CUR), time.monotonic()))
         return written
@@ -110,8 +113,8 @@ def run_child(
     return seen
 
 
-def look(path: str, seen: Seen, first_step: int) -> tuple[int, float]:
-    """Steps in the file, and how much older than the kill the first step is that is not whole in it."""
+def look(path: str, seen: Seen, first_step: int) -> tuple[int, float, int]:
+    """Steps in the file, how much older than the kill the first step is that is not whole in it, and lost steps."""
     with StreamReader(path, recover=True) as reader:
         # Whatever was handed to the kernel is there; only what came after may be cut.
         assert all(lost.offset >= seen.handed_over for lost in reader.damage), (
@@ -119,7 +122,7 @@ def look(path: str, seen: Seen, first_step: int) -> tuple[int, float]:
             seen.handed_over,
         )
         names = {site.name: site.id for site in reader.sites if site.role != "input"}
-        lost = seen.died
+        lost, num_lost = seen.died, 0
         for index in range(NUM_SITES):
             refs = reader.refs(names[f"layers.{index}"]) if f"layers.{index}" in names else []
             steps = [ref.step for ref in refs if ref.step >= first_step]
@@ -128,7 +131,8 @@ def look(path: str, seen: Seen, first_step: int) -> tuple[int, float]:
             assert len(steps) <= len(seen.steps) + 1
             if len(steps) < len(seen.steps):
                 lost = min(lost, seen.steps[len(steps)])
-        return reader.num_steps, seen.died - lost
+                num_lost = max(num_lost, len(seen.steps) - len(steps))
+        return reader.num_steps, seen.died - lost, num_lost
 
 
 def check_values(path: str, first_steps: list[int]) -> int:
@@ -149,25 +153,26 @@ def main() -> None:
     path, codec, num_kills, seed, pace = *sys.argv[1:3], *map(int, sys.argv[3:5]), sys.argv[5]
     torch.set_num_threads(1)
     rng = random.Random(seed)
-    bound_gb = 0.006 if pace == "fast" else 1.0
+    bound_gb = 1.0 if pace == "slow" else 0.006
     model, framework = instrumented(NUM_SITES, compression_algorithm=codec, max_memory_gb=bound_gb)
     # Traced and warm before the first fork; a child has the threads of its own capture only.
     with framework.capture_activations(None):
         model(step_input(0, SHAPE))
     model(step_input(0, SHAPE))
-    first_steps, losses, recovered = [], [], []
+    first_steps, losses, recovered, lost_steps = [], [], [], []
     before = 0
     for _ in range(num_kills):
         first_steps.append(before)
-        seen = run_child(model, framework, path, pace, rng.uniform(0, 0.3 if pace == "fast" else 2.5))
+        seen = run_child(model, framework, path, pace, rng.uniform(0, 2.5 if pace == "slow" else 0.3))
         if Path(path).stat().st_size and seen.handed_over:
             try:
-                after, lost_s = look(path, seen, before)
+                after, lost_s, num_lost = look(path, seen, before)
             except TruncatedStreamError:
                 assert before == 0, "only a file without its first block has nothing to recover"
-                after, lost_s = 0, seen.died - seen.steps[0]
+                after, lost_s, num_lost = 0, seen.died - seen.steps[0], len(seen.steps)
         else:
-            after, lost_s = before, seen.died - seen.steps[0]
+            after, lost_s, num_lost = before, seen.died - seen.steps[0], len(seen.steps)
+        lost_steps.append(num_lost)
         assert after >= before
         losses.append(lost_s)
         recovered.append(after - before)
@@ -186,6 +191,8 @@ def main() -> None:
                 "last_steps": steps - before,
                 "recovered_steps": recovered,
                 "longest_loss_s": max(losses),
+                "largest_loss_bytes": max(lost_steps) * NUM_SITES * torch.Size(SHAPE).numel() * 4,
+                "bound_bytes": int(bound_gb * 1e9),
                 "damage_to_blocks": len(damage),
                 "bytes": Path(path).stat().st_size,
             }

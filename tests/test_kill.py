@@ -32,7 +32,9 @@ def kill(path: Path, codec: str, num_kills: int, pace: str) -> None:
     assert found["last_steps"] == 20
     assert found["records"] > 0 and sum(found["recovered_steps"]) + 20 == found["steps"]
     assert found["damage_to_blocks"] == 0
-    assert found["longest_loss_s"] <= 1
+    # A second of capture, or the buffer where that is smaller.
+    assert found["largest_loss_bytes"] <= found["bound_bytes"]
+    assert found["longest_loss_s"] <= 1 or pace == "overloaded"
 
 
 def test_killed_captures_go_on(tmp_path: Path) -> None:
@@ -43,8 +45,14 @@ def test_killed_captures_go_on(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("codec", "num_kills", "pace"),
-    [("none", 50, "fast"), ("lz4", 50, "fast"), ("zstd", 50, "fast"), ("zstd", 50, "slow")],
+    [
+        ("none", 40, "fast"),
+        ("lz4", 40, "fast"),
+        ("zstd", 40, "fast"),
+        ("zstd", 40, "slow"),
+        ("zstd", 40, "overloaded"),
+    ],
 )
 def test_two_hundred_kills(tmp_path: Path, codec: str, num_kills: int, pace: str) -> None:
-    """Whatever the codec and the pace, a second of capture is lost at most."""
+    """Whatever the codec and the pace, a second of capture is lost at most, or what the buffer held."""
     kill(tmp_path / "o.stream", codec, num_kills, pace)

@@ -123,6 +123,27 @@ def test_any_flipped_bit_is_detected(tmp_path: Path, whole: bytes) -> None:
                     assert data.tobytes() == EXPECTED[name, ref.step, ref.call]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_flipped_bit_is_detected(tmp_path: Path, codec: str) -> None:
+    """Each bit of a file, flipped alone, is found, and costs its block at most."""
+    data = write(tmp_path / "whole.stream", small_samples(2), codec=codec, seal_every=3).read_bytes()
+    num_blocks = sum(kind == BLOCK for kind, *_ in frames(data))
+    path = tmp_path / "flipped.stream"
+    for position in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[position // 8] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        try:
+            with StreamReader(path) as reader:
+                assert reader.verify(), position
+        except StreamError:
+            pass
+        with StreamReader(path, recover=True) as reader:
+            assert reader.damage, position
+            assert sum(len(segment.block_offsets) for segment in reader.segments) >= num_blocks - 1
+
+
 def test_a_flipped_bit_of_a_record_is_never_read_as_its_value(tmp_path: Path, whole: bytes) -> None:
     """Reading a record from a damaged block is an error; the records of other blocks still read."""
     blocks = [(offset, end) for kind, offset, end in frames(whole) if kind == BLOCK]

@@ -313,10 +313,16 @@ except CaptureFailedError as error:
 
 
 def test_the_kernels_own_refusal_is_told(tmp_path: Path) -> None:
-    """A file that may not grow further fails with the kernel's error and reads up to there."""
+    """A file that may not grow further fails with the kernel's error, reads up to there, and is gone on with."""
     process = run_python(FILLS_ITS_LIMIT, str(tmp_path / "a.stream"))
     output, errors = process.communicate()
     assert output.decode().split() == ["OSError", str(errno.EFBIG)], errors
     with StreamReader(tmp_path / "a.stream", recover=True) as reader:
-        assert 8 < reader.num_records < 20
+        kept = reader.num_records
+        assert 8 < kept < 20
+        assert all(reader.read(ref).tobytes() == floats(3000, ref.step) for ref in reader.refs(0))
+    more = [Sample("a", 100 + n, floats(3000, 100 + n), "bfloat16") for n in range(9)]
+    write(tmp_path / "a.stream", more, mode="a")
+    with StreamReader(tmp_path / "a.stream") as reader:
+        assert reader.num_records == kept + 9 and reader.verify() == []
         assert all(reader.read(ref).tobytes() == floats(3000, ref.step) for ref in reader.refs(0))
