@@ -4,18 +4,21 @@ A server's forward call mixes tokens of many requests. Each step of such a captu
 hidden), up to three integer inputs (role ``input`` in the file):
 
     request_rows   int64 (runs, 3): request number, token position of the run's first row, rows of the run; the runs
-                   follow each other in the order of the rows, and cover them
+                   follow each other in the order of the rows, and cover them; number -1 is padding. Of values of
+                   more dimensions, as (batch, tokens, hidden), all but the last count rows
     new_requests   uint8: a JSON list with an entry for each request that the step is the first of:
                    number, id, engine_id, prompt_tokens, cached_tokens, sites (null: all), positions
     input_ids      int32 (rows,): the token of each row
 
-Request numbers count from 0 within a file. ``input`` records are read whole, by step; they are small.
+A request's number is not negative, and no other request of the file has it. ``input`` records
+are read whole, by step; they are small.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -29,6 +32,8 @@ from .errors import CorruptStreamError, MissingRecordError
 ROWS_INPUT = "request_rows"
 NEW_INPUT = "new_requests"
 TOKENS_INPUT = "input_ids"
+NO_REQUEST = -1
+"""The request number of rows that belong to none."""
 MAX_REQUEST_ROWS = 1 << 31
 
 Positions = str | tuple[int, ...]
@@ -151,6 +156,9 @@ def _scan(stream: StreamLike, rank: int) -> list[_Found]:
                 raise CorruptStreamError(
                     f"{stream.path}: {ROWS_INPUT} of step {step} has a run of {count} rows at position {position}"
                 )
+            if number == NO_REQUEST:
+                offset += count
+                continue
             request = by_number.get(number)
             if request is None:
                 # The step that introduced it was lost (a damaged block): its rows stay readable, by number.
@@ -211,7 +219,7 @@ class Request(Mapping[str, "RequestRows"]):
         for place in found.places:
             ids = self._stream.inputs(place.step, rank=found.rank).get(TOKENS_INPUT)
             if ids is not None:
-                row = ids[place.offset : place.offset + place.count].tolist()
+                row = ids.flatten()[place.offset : place.offset + place.count].tolist()
                 tokens.update(zip(range(place.position, place.position + place.count), row, strict=True))
         return tokens
 
@@ -253,7 +261,7 @@ class RequestRows:
             record = stream.find(site, place.step, rank=rank)
             if record is None:
                 continue
-            if not record.shape or record.shape[0] < place.offset + place.count:
+            if _num_rows(record) < place.offset + place.count:
                 raise CorruptStreamError(
                     f"{stream.path}: {record!r} has fewer rows than {ROWS_INPUT} of step {place.step} needs "
                     f"({place.offset + place.count})"
@@ -290,7 +298,7 @@ class RequestRows:
         wanted: dict[_Key, list[int]] = {}
         for key, row in self._rows.values():
             wanted.setdefault(key, []).append(row)
-        parts = [self._records[key].tensor()[rows] for key, rows in wanted.items()]
+        parts = [_rows(self._records[key])[rows] for key, rows in wanted.items()]
         # Steps interleave in position only where something was computed twice; else this is the identity.
         order = {
             place: index for index, place in enumerate((k, r) for k, rows in wanted.items() for r in rows)
@@ -304,3 +312,13 @@ class RequestRows:
 
     def __repr__(self) -> str:
         return f"RequestRows({self.site!r} of {self._request.id!r}, {len(self)} rows)"
+
+
+def _num_rows(record: Any) -> int:
+    shape = record.shape
+    return math.prod(shape[: max(1, len(shape) - 1)]) if len(shape) else 0
+
+
+def _rows(record: Any) -> torch.Tensor:
+    values: torch.Tensor = record.tensor()
+    return values.flatten(0, -2) if values.dim() > 2 else values

@@ -27,7 +27,9 @@ from fx_instrument import (
     open_stream,
 )
 from fx_instrument.capture.session import Session
+from fx_instrument.requests import NO_REQUEST, ROWS_INPUT
 from fx_instrument.serving.folder import RecordingFolder
+from fx_instrument.serving.tags import Request, tagged
 from fx_instrument.stream import writer
 
 SITES = 2 * PLAIN.depth
@@ -473,3 +475,91 @@ def test_prometheus_counts_over_files(tmp_path: Path) -> None:
     text = prometheus_client.generate_latest(registry).decode()
     assert f'fx_instrument_records_total{{model="tiny"}} {3 * SITES}.0' in text
     registry.unregister(collector)
+
+
+def test_rows_by_request(tmp_path: Path) -> None:
+    """Steps know their request and token positions: concurrent ones, prefill and decode, over rotations."""
+    model, framework = instrumented()
+    prompts = {f"request-{number}": tokens(1, 3 + number, seed=number) for number in range(3)}
+    with Recorder(framework, tmp_path / "r", min_free_bytes=0) as recorder:
+
+        def serve(name: str) -> None:
+            with torch.no_grad(), recorder.request(name):
+                model(prompts[name])
+                recorder.rotate()
+                for step in range(2):
+                    model(tokens(1, 1, seed=step))
+
+        threads = [threading.Thread(target=serve, args=(name,)) for name in prompts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        model(tokens(1, 4))
+        with recorder.request("request-0"):
+            model(tokens(1, 2))
+    seen: list[torch.Tensor] = []
+    plain = make(PLAIN)
+    plain.layers[1].mlp.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    with open_stream(tmp_path / "r") as stream:
+        again = next(name for name in stream.requests if name not in prompts)
+        assert set(stream.requests) == {*prompts, again} and again.startswith("request-0-")
+        for name, prompt in prompts.items():
+            plain(prompt)
+            for step in range(2):
+                plain(tokens(1, 1, seed=step))
+            expected = torch.cat(seen)
+            seen.clear()
+            request = stream.request(name)
+            rows = request["layers.1.mlp"]
+            assert torch.equal(rows.token_positions, torch.arange(prompt.shape[1] + 2))
+            assert not len(rows.missing_positions) and request.num_prompt_tokens == prompt.shape[1]
+            assert torch.equal(rows.tensor(), expected)
+            assert list(request.token_ids().values())[: prompt.shape[1]] == prompt[0].tolist()
+        assert len(stream.request(again)["layers.0.self_attn"]) == 2
+
+
+def test_rows_of_a_padded_batch() -> None:
+    """Each row of a batch is its id's; padding on either side belongs to none; positions come from the inputs."""
+    request = Request(("a", "b"), 0.0)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
+    ids = torch.ones(2, 5, dtype=torch.int64)
+    first = request.runs({"input_ids": ids, "attention_mask": mask})
+    assert [(tag and tag.id, position, count) for tag, position, count in first] == [
+        (None, 0, 2),
+        ("a", 0, 3),
+        ("b", 0, 4),
+        (None, 0, 1),
+    ]
+    longer = torch.cat([mask, torch.ones(2, 1, dtype=torch.int64)], 1)
+    places = torch.tensor([[3], [4]])
+    second = request.runs({"input_ids": ids[:, :1], "attention_mask": longer, "position_ids": places})
+    assert [(tag and tag.id, position, count) for tag, position, count in second] == [
+        ("a", 3, 1),
+        ("b", 4, 1),
+    ]
+    assert [tag.id for tag, _, _ in request.runs({"input_ids": torch.ones(4, 1)}) if tag] == [
+        "a#0",
+        "a#1",
+        "b#0",
+        "b#1",
+    ]
+    assert request.runs({"input_ids": torch.ones(3, 1)}) == [] == request.runs({"attention_mask": mask})
+    noted = tagged({}, first, set())
+    assert noted[ROWS_INPUT][:, 0].tolist()[0] == NO_REQUEST and noted[ROWS_INPUT].shape == (4, 3)
+
+
+def test_an_engine_says_whose_rows(tmp_path: Path) -> None:
+    """A batching engine's calls mix requests; its row source tells them apart."""
+    model, framework = instrumented()
+    with Recorder(framework, tmp_path / "r", min_free_bytes=0) as recorder:
+        batches = iter([[("x", 0, 3), ("y", 0, 2)], [("y", 2, 1), ("x", 3, 1), ("", 0, 2)], None])
+        recorder.set_row_source(lambda: next(batches))
+        for length in (5, 4, 2):
+            model(tokens(1, length, seed=length))
+    with open_stream(tmp_path / "r") as stream:
+        assert stream.requests == ("x", "y")
+        x, y = (stream.request(name)["layers.0.mlp"] for name in ("x", "y"))
+        first, second = (stream.read("layers.0.mlp", step)[0] for step in range(2))
+        assert torch.equal(x.tensor(), torch.cat([first[:3], second[1:2]]))
+        assert torch.equal(y.tensor(), torch.cat([first[3:5], second[:1]]))

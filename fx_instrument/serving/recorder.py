@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 from ..capture_block import open_session
@@ -15,7 +15,8 @@ from ..errors import CaptureActiveError, InstrumentationError
 from ..framework import InstrumentationFramework
 from .folder import RecordingFolder
 from .report import RecorderReport, RecorderTotals
-from .router import Lane, Request, Router, in_request
+from .router import Lane, Router
+from .tags import Request, RowSource, in_request
 
 log = logging.getLogger(__name__)
 
@@ -196,16 +197,33 @@ class Recorder:
                 self._retire(before)
 
     @contextlib.contextmanager
-    def request(self, request_id: str) -> Iterator[None]:
+    def request(self, request_id: str | Sequence[str]) -> Iterator[None]:
         """Forward calls inside belong to this request: they are recorded (``requests_only``) and share its stall.
+
+        Their rows are stored with the id and their token positions, so that ``open_stream(folder).request(id)`` finds
+        them. Of a batch that serves several requests, give the ids in the order of the batch rows; padding, as the
+        attention mask has it, belongs to none. The id is stored as it is, and never part of a path.
 
         What is inside may run in another thread, if that was given this context, as ``asyncio.to_thread`` and
         Starlette's thread pool do. Costs nothing while the recorder is off.
         """
-        if not isinstance(request_id, str) or not request_id:
-            raise ValueError(f"request_id must be a string that is not empty, got {request_id!r}")
-        with in_request(Request(request_id, self._max_stall_s)):
+        ids = (request_id,) if isinstance(request_id, str) else tuple(request_id)
+        if not ids or not all(isinstance(one, str) and one for one in ids):
+            raise ValueError(
+                f"request_id must be one or several strings that are not empty, got {request_id!r}"
+            )
+        with in_request(Request(ids, self._max_stall_s)):
             yield
+
+    def set_row_source(self, source: RowSource | None) -> None:
+        """For engines that mix requests in one forward call: ``source`` says whose rows the call that begins computes.
+
+        Args:
+            source: called on the engine's thread before each recorded forward call outside ``request``; returns
+                (request id, token position of the first row, number of rows) for each run of rows, in their order
+                and covering them, with "" for padding; None if it can't tell.
+        """
+        self._router.set_row_source(source)
 
     def close(self, *, timeout_s: float = 30.0) -> None:
         """Stop for good and give the folder back.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 
 from ..capture.session import Session
 from ..graph.sites import Site
+from .tags import Request, RowSource, SourcedRows, current_request, tagged
 
 
 class Lane:
@@ -26,30 +26,8 @@ class Lane:
         self.began_s = time.monotonic()
         self.in_flight = 0
         self.failed = False
+        self.introduced: set[int] = set()  # numbers of the requests that the file has named
         self.session: Session
-
-
-@dataclass
-class Request:
-    """What one request asked for; shared by the threads that serve it."""
-
-    id: str
-    patience_s: float
-
-
-_REQUEST: contextvars.ContextVar[Request | None] = contextvars.ContextVar(
-    "fx_instrument_request", default=None
-)
-
-
-@contextlib.contextmanager
-def in_request(request: Request | None) -> Iterator[None]:
-    """Forward calls in this context belong to ``request``."""
-    token = _REQUEST.set(request)
-    try:
-        yield
-    finally:
-        _REQUEST.reset(token)
 
 
 @dataclass
@@ -85,6 +63,7 @@ class Router:
         self._requests_only = requests_only
         self._max_stall_s = max_stall_s
         self._on_error = on_error
+        self._sourced: SourcedRows | None = None
         self._lock = threading.Lock()
         self._lane: Lane | None = None
         self._mine = _Mine()
@@ -100,6 +79,10 @@ class Router:
             before, self._lane = self._lane, lane
         return before
 
+    def set_row_source(self, source: RowSource | None) -> None:
+        """Ask ``source`` whose rows a forward call outside ``in_request`` computes."""
+        self._sourced = SourcedRows(source) if source is not None else None
+
     def patience(self) -> float:
         """How long the capture may still hold up this thread."""
         mine = self._mine
@@ -112,7 +95,7 @@ class Router:
         if mine.lane is not None:
             # The call before was cut off by an exception inside one compiled function.
             self.end_step()
-        request = _REQUEST.get()
+        request = current_request()
         mine.in_step = True
         mine.request = request
         mine.patience_s = self._max_stall_s
@@ -121,7 +104,23 @@ class Router:
         lane = mine.lane = self._enter()
         if lane is not None:
             with self._shielded(lane):
-                lane.session.begin_step(inputs)
+                self._begin(lane, inputs, request)
+
+    def _begin(self, lane: Lane, inputs: Mapping[str, torch.Tensor], request: Request | None) -> None:
+        session, sourced = lane.session, self._sourced
+        runs = request.runs(inputs) if request is not None else sourced.runs() if sourced is not None else []
+        if not runs:
+            session.begin_step(inputs)
+            return
+        with self._lock:
+            named = set(lane.introduced)
+            noted = tagged(inputs, runs, lane.introduced)
+        lost = session.dropped_inputs
+        session.begin_step(noted)
+        if session.dropped_inputs != lost:
+            # The names may have found no room: say them again with the next step.
+            with self._lock:
+                lane.introduced &= named
 
     def end_step(self) -> None:
         mine = self._mine
@@ -178,7 +177,7 @@ class Router:
         """The lane of this thread's forward call; outside of one (T5's encoder in ``generate``) the current lane."""
         mine = self._mine
         if not mine.in_step:
-            mine.request = _REQUEST.get()
+            mine.request = current_request()
             if mine.request is None and self._requests_only:
                 return None
             mine.patience_s = self._max_stall_s

@@ -1,0 +1,159 @@
+"""Whose rows a forward call computes: request ids and token positions, noted with each recorded step.
+
+What is stored is what ``fx_instrument.requests`` reads. A record of (batch, tokens, hidden) counts as batch x tokens
+rows, batch row by batch row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..requests import NEW_INPUT, NO_REQUEST, ROWS_INPUT, TOKENS_INPUT, encode_new, encode_rows
+
+NamedRun = tuple[str, int, int]
+"""Request id, token position of the first row, number of rows; the id "" stands for padding."""
+RowSource = Callable[[], Sequence[NamedRun] | None]
+_KNOWN = 10_000
+"""So many ids of a row source keep their number from one forward call to the next."""
+
+
+class Tag:
+    """One request id: the number that stands for it in files, and where its sequence is."""
+
+    def __init__(self, request_id: str) -> None:
+        self.id = request_id
+        # Drawn, not counted: files of several processes, read as one, must not share a number.
+        self.number = secrets.randbits(62)
+        self.next_position = 0
+
+    def entry(self, prompt_tokens: int) -> dict[str, Any]:
+        # A client may use an id twice; this one is the request's own.
+        engine_id = f"{self.id}-{self.number & 0xFFFFFFFF:08x}"
+        return {"number": self.number, "id": self.id, "engine_id": engine_id, "prompt_tokens": prompt_tokens}
+
+
+class Request:
+    """What runs inside one ``Recorder.request``; shared by the threads that serve it."""
+
+    def __init__(self, ids: Sequence[str], patience_s: float) -> None:
+        self.ids = tuple(ids)
+        self.patience_s = patience_s
+        self._tags: dict[str, Tag] = {}
+        self._lock = threading.Lock()
+
+    def runs(self, inputs: Mapping[str, torch.Tensor]) -> list[tuple[Tag | None, int, int]]:
+        """Whose rows the forward call with these inputs computes; empty where its inputs don't tell.
+
+        The batch rows are those of the ids. Several rows of one id (beams, or a batch in one request) are told apart
+        as ``id#0``, ``id#1``, ...
+        """
+        tokens = inputs.get(TOKENS_INPUT)
+        if tokens is None or tokens.dim() != 2 or "decoder_input_ids" in inputs:
+            return []
+        batch, length = tokens.shape
+        if batch % len(self.ids):
+            return []
+        each = batch // len(self.ids)
+        names = self.ids if each == 1 else [f"{one}#{index}" for one in self.ids for index in range(each)]
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and len(mask) == batch and mask.shape[1] >= length:
+            # One sequence alone is not padded; several are looked at, which makes the host wait for an accelerator.
+            mask = mask[:, -length:].cpu() if batch > 1 or mask.device.type == "cpu" else None
+        else:
+            mask = None
+        positions = inputs.get("position_ids")
+        if positions is not None and (positions.device.type != "cpu" or positions.shape != tokens.shape):
+            positions = None
+        found: list[tuple[Tag | None, int, int]] = []
+        with self._lock:
+            for row, name in enumerate(names):
+                left, right = _padding(mask[row]) if mask is not None else (0, 0)
+                count = length - left - right
+                tag = self._tags.setdefault(name, Tag(name))
+                start = tag.next_position
+                if positions is not None and count:
+                    first = int(positions[row, left])
+                    if int(positions[row, left + count - 1]) == first + count - 1:
+                        start = first
+                tag.next_position = start + count
+                parts = ((None, 0, left), (tag, start, count), (None, 0, right))
+                found += [part for part in parts if part[2]]
+        return found
+
+
+class SourcedRows:
+    """Rows that a batching engine tells of; its ids keep their numbers from call to call."""
+
+    def __init__(self, source: RowSource) -> None:
+        self._source = source
+        self._tags: OrderedDict[str, Tag] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def runs(self) -> list[tuple[Tag | None, int, int]]:
+        named = self._source() or ()
+        with self._lock:
+            return [(self._tag(name) if name else None, position, count) for name, position, count in named]
+
+    def _tag(self, name: str) -> Tag:
+        tag = self._tags.get(name)
+        if tag is None:
+            tag = self._tags[name] = Tag(name)
+            if len(self._tags) > _KNOWN:
+                self._tags.popitem(last=False)
+        self._tags.move_to_end(name)
+        return tag
+
+
+def tagged(
+    inputs: Mapping[str, torch.Tensor], runs: Sequence[tuple[Tag | None, int, int]], introduced: set[int]
+) -> dict[str, torch.Tensor]:
+    """``inputs`` with the notes on ``runs``; requests that are not ``introduced`` in this file yet are."""
+    if not runs:
+        return dict(inputs)
+    numbered = [(NO_REQUEST if tag is None else tag.number, position, count) for tag, position, count in runs]
+    noted = {**inputs, ROWS_INPUT: encode_rows(numbered)}
+    new = {
+        tag.number: tag.entry(count)
+        for tag, _, count in runs
+        if tag is not None and tag.number not in introduced
+    }
+    if new:
+        noted[NEW_INPUT] = encode_new(list(new.values()))
+        introduced.update(new)
+    return noted
+
+
+def _padding(mask: torch.Tensor) -> tuple[int, int]:
+    """How many tokens of a row are padding, on the left and on the right."""
+    real = mask.nonzero()
+    if not len(real):
+        return len(mask), 0
+    return int(real[0]), len(mask) - 1 - int(real[-1])
+
+
+_REQUEST: contextvars.ContextVar[Request | None] = contextvars.ContextVar(
+    "fx_instrument_request", default=None
+)
+
+
+def current_request() -> Request | None:
+    """The request that this context serves."""
+    return _REQUEST.get()
+
+
+@contextlib.contextmanager
+def in_request(request: Request) -> Iterator[None]:
+    """Forward calls in this context belong to ``request``."""
+    token = _REQUEST.set(request)
+    try:
+        yield
+    finally:
+        _REQUEST.reset(token)
