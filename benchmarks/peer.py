@@ -1,10 +1,12 @@
 """Capturing beside llm-instrumentation 1.3.1, a hook-based system: the same values, one process, interleaved rounds.
 
     pip install --no-deps --target peer llm-instrumentation==1.3.1 aiofiles
-    OMP_NUM_THREADS=1 PYTHONPATH=peer python benchmarks/peer.py [--synthetic] [--json FILE]
+    OMP_NUM_THREADS=1 PYTHONPATH=peer python benchmarks/peer.py [--synthetic] [--values FILE] [--only GLOB]
+        [--json FILE]
 
 The values are those of ``benchmarks/stream.py``: attention and MLP outputs of SmolLM2-135M. Both sides begin where a
-value is there and end when it is on the disk:
+value is there and end when it is on the disk, ``fsync`` included on both (the peer does none by itself, so it is
+done for it):
 
 - The peer is used as its documentation says: a model, ``instrument_model``, ``capture_activations``. It hooks the
   direct children of a model, so the model is one whose children return the values.
@@ -23,6 +25,7 @@ the peer" is the median over rounds of the peer's time by ours in the same round
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import os
 import statistics
@@ -36,7 +39,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from stream import Data, Described, Meter, Step, real_data, repeated, synthetic_data, versions
+from stream import Data, Described, Meter, Step, kept_data, repeated, synthetic_data, versions
 from torch import nn
 
 from fx_instrument.capture.session import Session
@@ -258,6 +261,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--synthetic", action="store_true", help="made-up values instead of the model's")
+    parser.add_argument(
+        "--values", type=Path, help="keep the model's values in this .npz file, or take them from it"
+    )
+    parser.add_argument(
+        "--only", default="*", help="only these workloads, such as 'zstd bf16*' or '* decode*'"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where the files go, instead of the temporary folder")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
@@ -267,11 +276,13 @@ def main() -> None:
 
     if (installed := version("llm-instrumentation")) != PEER_VERSION:
         sys.exit(f"llm-instrumentation {installed} is installed, {PEER_VERSION} is compared with")
-    data = synthetic_data() if options.synthetic else real_data()
+    data = synthetic_data() if options.synthetic else kept_data(options.values)
     found: dict[str, dict[str, float | int]] = {}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         for workload, (ours, theirs) in workloads(data).items():
             for codec in ("zstd", "none"):
+                if not fnmatch.fnmatch(f"{codec} {workload}", options.only):
+                    continue
                 print(f"{codec} {workload} ...", file=sys.stderr, flush=True)
                 found[f"{codec} {workload}"] = measure(peer, codec, ours, theirs, Path(name), options.rounds)
     show(found)

@@ -1,10 +1,13 @@
 """What the stream costs: ratios, speeds as shares of a memcpy in the same process, random access, memory.
 
-    OMP_NUM_THREADS=1 python benchmarks/stream.py [--synthetic] [--gb 2] [--json FILE]
+    OMP_NUM_THREADS=1 python benchmarks/stream.py [--synthetic] [--values FILE] [--gb 2] [--only PART] [--json FILE]
 
 The values are the attention and MLP outputs of SmolLM2-135M on English text: prefill of 8 x 512 tokens, then 16 decode
 steps of 8. Speeds are bytes a CPU second of the whole process, medians of interleaved rounds; a memcpy runs over the
-same memory in every round, so that a machine whose speed drifts drifts for both.
+same memory in every round, so that a machine whose speed drifts drifts for both. "wall" is time on the clock: of one
+compressor thread, and of a reader with its default threads.
+
+PART is one of codecs, huffman, put, workers, lossy, target, memory, large; all of them without ``--only``.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from fx_instrument.stream.reader import StreamReader
 from fx_instrument.stream.records import RecordMeta
 from fx_instrument.stream.writer import StreamWriter
 
+PARTS = ("codecs", "huffman", "put", "workers", "lossy", "target", "memory", "large")
 Values = npt.NDArray[Any]
 Step = list[tuple[str, Values]]
 """The records of one step: site and values (bfloat16 as its bit patterns)."""
@@ -80,6 +84,27 @@ def real_data() -> Data:
                 output = model(next_ids, past_key_values=output.past_key_values, use_cache=True)
                 steps.append(list(seen))
             data["bf16 decode"] = ("bfloat16", steps)
+    return data
+
+
+def kept_data(path: Path | None) -> Data:
+    """The model's activations, from ``path`` if it is there, else kept there: the model takes a minute."""
+    if path is None:
+        return real_data()
+    if not path.exists():
+        arrays = {}
+        for name, (dtype, steps) in real_data().items():
+            for number, step in enumerate(steps):
+                arrays |= {f"{name}|{dtype}|{number}|{site}": values for site, values in step}
+        np.savez(path, **arrays)
+    data: Data = {}
+    with np.load(path) as arrays:
+        for key in arrays.files:
+            name, dtype, number, site = key.split("|")
+            steps = data.setdefault(name, (dtype, []))[1]
+            if int(number) == len(steps):
+                steps.append([])
+            steps[int(number)].append((site, arrays[key]))
     return data
 
 
@@ -197,7 +222,7 @@ def measure_codecs(data: Data, folder: Path, rounds: int) -> dict[str, Any]:
         many = repeated(steps, 300_000_000)
         raw = sum(values.nbytes for step in many for _, values in step)
         described = describe(dtype, many)
-        speeds: dict[str, list[tuple[float, float, float]]] = {codec: [] for codec in ("none", "lz4", "zstd")}
+        speeds: dict[str, list[tuple[Meter, Meter, float]]] = {codec: [] for codec in ("none", "lz4", "zstd")}
         ratios = {}
         for _ in range(rounds):
             copy_s = memcpy_cpu(many)
@@ -207,15 +232,19 @@ def measure_codecs(data: Data, folder: Path, rounds: int) -> dict[str, Any]:
                 write(path, dtype, many, codec=codec, num_workers=1)
                 reading = Meter(partial(scan, path))
                 ratios[codec] = raw / sink.result.stored_bytes
-                rows.append((sink.cpu, reading.cpu, copy_s))
+                rows.append((sink, reading, copy_s))
         for codec, rows in speeds.items():
             found[f"{name} {codec}"] = {
                 "ratio": ratios[codec],
                 "share_of_bound": ratios[codec] / bound,
-                "write_x_memcpy": statistics.median(copy / write_s for write_s, _, copy in rows),
-                "write_gb_per_cpu_s": statistics.median(raw / write_s / 1e9 for write_s, _, _ in rows),
-                "read_gb_per_cpu_s": statistics.median(raw / read_s / 1e9 for _, read_s, _ in rows),
-                "read_x_write": statistics.median(write_s / read_s for write_s, read_s, _ in rows),
+                "write_x_memcpy": statistics.median(copy / write.cpu for write, _, copy in rows),
+                "write_gb_per_cpu_s": statistics.median(raw / write.cpu / 1e9 for write, _, _ in rows),
+                "write_gb_s_wall": statistics.median(raw / write.wall / 1e9 for write, _, _ in rows),
+                "read_gb_per_cpu_s": statistics.median(raw / read.cpu / 1e9 for _, read, _ in rows),
+                "read_gb_s_wall": statistics.median(raw / read.wall / 1e9 for _, read, _ in rows),
+                "read_x_write_cpu": statistics.median(write.cpu / read.cpu for write, read, _ in rows),
+                "read_x_write_wall": statistics.median(write.wall / read.wall for write, read, _ in rows),
+                "memcpy_gb_per_cpu_s": statistics.median(raw / copy / 1e9 for _, _, copy in rows),
             }
     return found
 
@@ -236,23 +265,33 @@ def measure_huffman(data: Data) -> dict[str, float]:
 
 def measure_put() -> dict[str, float]:
     """Microseconds that put takes of a 9216-byte record, and a bare memmove of it."""
-    count, size = 20_000, 9216
+    count, size, sites = 20_000, 9216, 60
     source, target = np.ones(size, np.uint8), np.empty(size, np.uint8)
+    pack = np.ones(sites * size, np.uint8)
     meta = RecordMeta(0, 0, 0, "bfloat16", (8, 1, 576))
-    results: dict[str, list[float]] = {"put_us": [], "memmove_us": []}
+    results: dict[str, list[float]] = {"put_us": [], "put_packed_us_a_record": [], "memmove_us": []}
+
+    def timed(name: str, calls: int, records: int, call: Callable[[], Any]) -> None:
+        started = time.thread_time()
+        for _ in range(calls):
+            call()
+        results[name].append((time.thread_time() - started) / records * 1e6)
+
     for _ in range(5):
-        writer = StreamWriter(None, metadata={}, codec="none", num_workers=1)
-        writer.add_site("a", "mlp")
-        started = time.thread_time()
-        for _ in range(count):
-            writer.put(meta, source)
-        results["put_us"].append((time.thread_time() - started) / count * 1e6)
-        writer.close({})
-        started = time.thread_time()
-        for _ in range(count):
-            ctypes.memmove(target.ctypes.data, source.ctypes.data, size)
-        results["memmove_us"].append((time.thread_time() - started) / count * 1e6)
-    return {name: statistics.median(times) for name, times in results.items()}
+        for name in ("put_us", "put_packed_us_a_record"):
+            writer = StreamWriter(None, metadata={}, codec="none", num_workers=1)
+            for number in range(sites):
+                writer.add_site(str(number), "mlp")
+            layout = writer.layout("bfloat16", [(number, 0, ((8, 1, 576), None)) for number in range(sites)])
+            if name == "put_us":
+                timed(name, count, count, partial(writer.put, meta, source))
+            else:
+                timed(name, count // sites, count, partial(writer.put_packed, layout, 0, pack))
+            writer.close({})
+        to, of = target.ctypes.data, source.ctypes.data
+        timed("memmove_us", count, count, partial(ctypes.memmove, to, of, size))
+    found = {name: statistics.median(times) for name, times in results.items()}
+    return {**found, "put_x_memmove": found["put_us"] / found["memmove_us"]}
 
 
 def measure_workers(data: Data, rounds: int) -> dict[str, float]:
@@ -267,31 +306,101 @@ def measure_workers(data: Data, rounds: int) -> dict[str, float]:
     return {"two_workers_x_one": statistics.median(gains)}
 
 
+def resident(field: str) -> int:
+    """``VmRSS``, ``VmHWM`` or ``RssAnon`` of this process in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(field)
+
+
+def measure_lossy(data: Data) -> dict[str, float]:
+    """Ratio against float32 with a bounded error of a thousandth of each token's length."""
+    dtype, steps = data["fp32 prefill"]
+    writer = write(None, dtype, steps, codec="zstd", max_relative_error=1e-3)
+    return {"ratio_at_1e-3": writer.raw_bytes / writer.stored_bytes}
+
+
 def measure_large_file(data: Data, folder: Path, num_bytes: int) -> dict[str, Any]:
-    """Random access, memory and recovery on a file of so many raw bytes."""
-    dtype, steps = data["bf16 prefill"]
+    """Random access, memory and recovery on a file of so many raw bytes: prefills and decode steps in turn."""
+    dtype, prefill = data["bf16 prefill"]
+    steps = prefill + data["bf16 decode"][1]
     path = folder / "large.stream"
     many = repeated(steps, num_bytes)
     writing = Meter(lambda: write(path, dtype, many, codec="zstd", num_workers=2))
     found: dict[str, Any] = {
         "gb": sum(v.nbytes for s in many for _, v in s) / 1e9,
+        "file_gb": path.stat().st_size / 1e9,
         "write_wall_s": writing.wall,
     }
     opening = Meter(lambda: StreamReader(path))
     with opening.result as reader:
-        rng = random.Random(0)
-        places = [(rng.choice(reader.sites).id, rng.randrange(reader.num_steps)) for _ in range(100)]
         found["open_ms"] = opening.wall * 1e3
-        finds = [Meter(lambda place=place: reader.find(*place)) for place in places]
-        found["find_ms_median"] = statistics.median(meter.wall for meter in finds) * 1e3
-        found["find_ms_p99"] = sorted(meter.wall for meter in finds)[-2] * 1e3
-        reads = [Meter(lambda ref=meter.result: reader.read(ref)) for meter in finds if meter.result]
-        found["read_mb"] = reads[0].result.nbytes / 1e6
-        found["read_ms_median"] = statistics.median(meter.wall for meter in reads) * 1e3
+        before = resident("RssAnon")
+        rng = random.Random(0)
+        for kind, wanted in (("prefill", 0), ("decode", 1)):
+            rounds = len(many) // len(steps)
+            places = [
+                (
+                    rng.choice(reader.sites).id,
+                    len(steps) * rng.randrange(rounds) + wanted * rng.randrange(1, 17),
+                )
+                for _ in range(200)
+            ]
+            finds = [Meter(lambda place=place: reader.find(*place)) for place in places]
+            reads = [Meter(lambda ref=meter.result: reader.read(ref)) for meter in finds]
+            both = sorted((find.wall + read.wall) * 1e3 for find, read in zip(finds, reads, strict=True))
+            found[f"{kind}_record_mb"] = reads[0].result.nbytes / 1e6
+            found[f"{kind}_find_ms_median"] = statistics.median(meter.wall for meter in finds) * 1e3
+            found[f"{kind}_find_and_read_ms_median"] = statistics.median(both)
+            found[f"{kind}_find_and_read_ms_p99"] = both[-2]
+            del finds, reads
+        found["held_after_400_reads_mb"] = (resident("RssAnon") - before) / 1e6
     recovering = Meter(lambda: StreamReader(path, recover=True))
     recovering.result.close()
     found["recover_s_per_gb"] = recovering.wall / (path.stat().st_size / 1e9)
     path.unlink()
+    return found
+
+
+def measure_memory(data: Data, folder: Path, bound: int = 256_000_000) -> dict[str, float]:
+    """Growth of resident memory under a producer that is held back by the bound all the time."""
+    import torch
+
+    from fx_instrument.capture.session import Session
+    from fx_instrument.graph.sites import Site
+
+    dtype, (step, *_) = data["bf16 prefill"]
+    writer = StreamWriter(folder / "memory.stream", metadata={}, codec="zstd", memory_bytes=bound // 4)
+    sites = [Site(name, "other") for name, _ in step]
+    session = Session(
+        writer,
+        RecordMeta,
+        sites,
+        max_memory_bytes=bound,
+        drop=False,
+        sampling=None,
+        target_gbps=1.0,
+        progress=False,
+    )
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    for _ in range(8):
+        session.begin_step({})
+        for site, (_, values) in zip(sites, step, strict=True):
+            ticket = session.reserve([site], values.nbytes)
+            value = torch.from_numpy(values.copy()).view(getattr(torch, dtype))
+            session.deliver(ticket, [site], [value], None)
+        session.end_step()
+    session.close()
+    found = {
+        "bound_mb": bound / 1e6,
+        "growth_at_peak_mb": (resident("VmHWM") - before) / 1e6,
+        "counted_at_peak_mb": session.report.peak_buffer_bytes / 1e6,
+        "stalled_s": session.report.stalled_seconds,
+        "offered_mb": session.report.raw_bytes / 1e6,
+    }
+    (folder / "memory.stream").unlink()
     return found
 
 
@@ -375,24 +484,38 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--synthetic", action="store_true", help="made-up values instead of the model's")
+    parser.add_argument(
+        "--values", type=Path, help="keep the model's values in this .npz file, or take them from it"
+    )
     parser.add_argument("--gb", type=float, default=2.0, help="raw size of the large file")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=PARTS, help="measure this part alone")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args()
-    data = synthetic_data() if options.synthetic else real_data()
+    data = synthetic_data() if options.synthetic else kept_data(options.values)
     found: dict[str, Any] = {"data": "synthetic" if options.synthetic else "SmolLM2-135M"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found["codecs"] = measure_codecs(data, folder, options.rounds)
-        show("codecs", found["codecs"].items())
-        found["huffman"] = measure_huffman(data)
-        found["put"] = measure_put()
-        found["workers"] = measure_workers(data, options.rounds)
-        show("pieces", ((key, found[key]) for key in ("huffman", "put", "workers")))
-        found["target"] = measure_target(data)
-        show("target under a tenfold load", ((f"{row['target_gb_s']} GB/s", row) for row in found["target"]))
-        found["large_file"] = measure_large_file(data, folder, int(options.gb * 1e9))
-        show("large file", [("zstd", found["large_file"])])
+        measures: dict[str, Callable[[], Any]] = {
+            "codecs": lambda: measure_codecs(data, folder, options.rounds),
+            "huffman": lambda: measure_huffman(data),
+            "put": measure_put,
+            "workers": lambda: measure_workers(data, options.rounds),
+            "lossy": lambda: measure_lossy(data),
+            "target": lambda: measure_target(data),
+            "memory": lambda: measure_memory(data, folder),
+            "large": lambda: measure_large_file(data, folder, int(options.gb * 1e9)),
+        }
+        for part, measure in measures.items():
+            if options.only not in (None, part):
+                continue
+            figures = found[part] = measure()
+            if part == "codecs":
+                show(part, figures.items())
+            elif part == "target":
+                show("target under a tenfold load", ((f"{row['target_gb_s']} GB/s", row) for row in figures))
+            else:
+                show(part, [("", figures)])
     found["versions"] = versions()
     print(json.dumps(found["versions"]))
     if options.json:
