@@ -25,11 +25,13 @@ from .errors import (
 )
 from .export import export_stream
 from .framework import InstrumentationFramework
+from .graph.reference import SiteDifference
 from .graph.sites import Site
 from .graph.trace import GraphBreak
 from .plan import Compression, Plan, SitePlan
 from .repair import recover_stream
 from .serving import Recorder, RecorderReport
+from .verify import Certificate
 from .version import __version__
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "CaptureActiveError",
     "CaptureFailedError",
     "CaptureReport",
+    "Certificate",
     "Compression",
     "CorruptStreamError",
     "GraphBreak",
@@ -59,6 +62,7 @@ __all__ = [
     "Plan",
     "RewriteError",
     "Site",
+    "SiteDifference",
     "SitePlan",
     "StreamError",
     "TruncatedStreamError",

@@ -30,6 +30,7 @@ from .graph.backend import CaptureBackend, InnerBackend
 from .graph.rewrite import Sampling
 from .graph.sites import Site, choose_sites
 from .plan import Plan, plan_model
+from .verify import Certificate, verify_model
 from .version import __version__
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,9 @@ class InstrumentationFramework:
         self.config = config if config is not None else InstrumentationConfig()
         self._attachment: Attachment | None = None
         self._backend_name = ""
+        self._inner: InnerBackend = "inductor"
         self._compile_options: dict[str, Any] = {}
+        self._certificate: dict[str, Any] | None = None
         self._capture: object | None = None
 
     @property
@@ -94,6 +97,7 @@ class InstrumentationFramework:
         sites = choose_sites(inner_module(model), self.config)
         if backend == "inductor":
             _check_compiler(model)
+        self._inner = "inductor" if backend is None else backend
         self._compile_options = dict(compile_options)
         attachment = Attachment(model, sites)
         try:
@@ -129,7 +133,9 @@ class InstrumentationFramework:
             raise TypeError(
                 f"unknown backend options {sorted(unknown)}; mode, dynamic and options pass through"
             )
-        return self._make_backend(self._attached("backend"), inner, options)
+        made = self._make_backend(self._attached("backend"), inner, options)
+        self._inner, self._compile_options = inner, dict(options)
+        return made
 
     def restore(self, model: nn.Module) -> None:
         """Undo ``instrument_model``: the model has the hooks and the compiled call that it had before."""
@@ -142,6 +148,7 @@ class InstrumentationFramework:
             raise CaptureActiveError("a capture is open: leave its block before restore")
         attachment.detach()
         self._attachment = None
+        self._certificate = None
 
     def capture_activations(
         self,
@@ -192,11 +199,39 @@ class InstrumentationFramework:
             RewriteError: a site can't be captured exactly; the message says why.
             InstrumentationError: the model's modules can't be copied.
         """
-        inner = inner_module(model)
-        ours = self._attachment is not None and self._attachment.model is inner
-        sites = self.sites if ours else choose_sites(inner, self.config)
+        inner, sites, ours = self._explained(model)
         dynamic = self._compile_options.get("dynamic") if ours else None
         return plan_model(inner, sites, self.config, args, kwargs, dynamic=dynamic)
+
+    def verify(self, model: nn.Module, *args: Any, **kwargs: Any) -> Certificate:
+        """What capturing changes in the call ``model(*args, **kwargs)``; compiles a twin with and without captures.
+
+        An instrumented model is verified with the backend and options that it was instrumented with, any other with
+        "inductor". Outputs, graphs and recompiles are compared with those of the same model compiled without this
+        package, captured values with what eager forward hooks see. Files captured from an instrumented model
+        afterwards hold the certificate in their metadata. The model, the arguments, random states and compiled code
+        stay as they are. Holds the values of one step twice.
+
+        Raises:
+            NoSitesError, RewriteError, InstrumentationError: as ``plan``.
+        """
+        inner, sites, ours = self._explained(model)
+        backend: InnerBackend = self._inner if ours else "inductor"
+        options = self._compile_options if ours else {}
+        if backend == "inductor":
+            _check_compiler(inner)
+        found = verify_model(inner, sites, self.config, args, kwargs, inner=backend, options=options)
+        if ours:
+            self._certificate = found.to_dict()
+        return found
+
+    def _explained(self, model: nn.Module) -> tuple[nn.Module, tuple[Site, ...], bool]:
+        """The module inside, its sites, and whether this framework instruments it."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        inner = inner_module(model)
+        ours = self._attachment is not None and self._attachment.model is inner
+        return inner, (self.sites if ours else choose_sites(inner, self.config)), ours
 
     def analyze_activations(self, data_path: StreamSource) -> dict[str, Any]:
         """What stream files hold and what their values look like; see ``fx_instrument.analyze_activations``."""
@@ -243,6 +278,7 @@ class InstrumentationFramework:
             },
             "backend": self._backend_name,
             "versions": versions,
+            **({"certificate": self._certificate} if self._certificate is not None else {}),
         }
 
 

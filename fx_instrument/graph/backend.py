@@ -63,7 +63,7 @@ class CaptureBackend:
         self._marker = marker
         self._finder = finder
         self._sampling = sampling
-        self._inner = _resolve(inner, mode, options, dynamic)
+        self._inner = resolve_inner(inner, mode, options, dynamic)
         self.compiler_name = getattr(self._inner, "compiler_name", None) or str(inner)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Compiled:
@@ -100,7 +100,7 @@ class CaptureBackend:
         return path != f"L['self'].{site.name}" or self._finder.chosen(token) is not None
 
 
-def _resolve(
+def resolve_inner(
     inner: InnerBackend, mode: str | None, options: Mapping[str, Any] | None, dynamic: bool | None
 ) -> Callable[..., Any]:
     """The inner backend as ``torch.compile`` itself would build it."""
