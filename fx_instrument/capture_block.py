@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -12,7 +13,14 @@ from .activations import open_stream
 from .capture.report import CaptureReport
 from .capture.session import Session
 from .config import HookGranularity, InstrumentationConfig
-from .errors import BufferTooSmallError, CaptureActiveError, CaptureFailedError, TruncatedStreamError
+from .errors import (
+    BufferTooSmallError,
+    CaptureActiveError,
+    CaptureFailedError,
+    IncompleteCaptureWarning,
+    NothingCapturedError,
+    TruncatedStreamError,
+)
 from .graph.attach import Attachment
 from .stream.memory import MIN_MEMORY_BYTES
 from .stream.records import RecordMeta
@@ -93,14 +101,17 @@ class Capture:
         framework, session = self._framework, self._session
         assert session is not None, "a context manager is left after it was entered"
         attachment = framework._attached("capture_activations")
+        witness = None
         try:
-            attachment.close()
+            witness = attachment.close()
+            session.silent_sites = witness.silent(site.name for site in attachment.sites)
         finally:
             framework._capture = None
             self._finish(session, error)
         if error is None:
             # What was replaced inside the block was not captured from then on.
             attachment.check_unchanged()
+            _check_complete(session.report, len(attachment.sites), witness.completed)
 
     def _finish(self, session: Session, error: BaseException | None) -> None:
         try:
@@ -172,6 +183,49 @@ def open_session(
         progress=progress,
         patience=patience,
     )
+
+
+def _check_complete(report: CaptureReport, num_sites: int, completed: bool) -> None:
+    """Say aloud what the block did not record.
+
+    A site may rightly stay silent (an encoder whose outputs were passed, an expert that no token chose), so that some
+    silent sites are a warning; that all are, though a forward call ended well, is an error.
+    """
+    silent = report.silent_sites
+    if report.records and not report.steps:
+        warnings.warn(
+            f"{report.records} values were captured outside any forward call of the instrumented model, so they can't "
+            f"be told apart by step: call the model itself, not model.forward or a model inside it, or instrument the "
+            f"module that is called (PEFT's generate calls model.get_base_model())",
+            IncompleteCaptureWarning,
+            stacklevel=3,
+        )
+    if not silent:
+        return
+    if len(silent) < num_sites:
+        warnings.warn(
+            f"{len(silent)} of {num_sites} sites delivered no value in this capture: {_listed(silent)}. Their modules "
+            f"were not called, returned no tensor, or ran in code that was compiled before instrument_model or by "
+            f"another tool",
+            IncompleteCaptureWarning,
+            stacklevel=3,
+        )
+    elif completed:
+        raise NothingCapturedError(
+            f"the model ran {report.steps} times in this capture and none of its {num_sites} sites delivered a value "
+            f"({_listed(silent)}): their modules were not called, returned no tensor, or ran in code that was compiled "
+            f"before instrument_model or by another tool. Compile after instrument_model, with "
+            f"backend=framework.backend(...), or let instrument_model compile"
+        )
+    elif not report.steps:
+        log.warning(
+            "nothing was captured: the instrumented model was not called inside the block. A copy, an exported or "
+            "scripted program, or a function compiled before instrument_model is not the instrumented model."
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _check_resumable(path: Path, metadata: Mapping[str, Any]) -> None:

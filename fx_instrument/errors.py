@@ -25,6 +25,14 @@ class RewriteError(InstrumentationError):
     """A traced graph could not be rewritten, so its sites could not be captured exactly."""
 
 
+class NothingCapturedError(InstrumentationError):
+    """The model ran inside a capture block and none of its sites delivered a value: the file is empty of them."""
+
+
+class IncompleteCaptureWarning(UserWarning):
+    """Some sites delivered no value in a block in which others did, or values belong to no step of their own."""
+
+
 class MissingCompilerError(InstrumentationError):
     """Inductor needs a C++ compiler and found none."""
 

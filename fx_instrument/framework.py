@@ -22,6 +22,7 @@ from .config import HookGranularity, InstrumentationConfig
 from .errors import (
     AlreadyInstrumentedError,
     CaptureActiveError,
+    InstrumentationError,
     MissingCompilerError,
     NotInstrumentedError,
 )
@@ -127,13 +128,21 @@ class InstrumentationFramework:
 
         Raises:
             NotInstrumentedError: before ``instrument_model(model, backend=None)``.
+            InstrumentationError: ``instrument_model`` compiled the model itself.
         """
         unknown = set(options) - {"mode", "dynamic", "options"}
         if unknown:
             raise TypeError(
                 f"unknown backend options {sorted(unknown)}; mode, dynamic and options pass through"
             )
-        made = self._make_backend(self._attached("backend"), inner, options)
+        attachment = self._attached("backend")
+        if attachment.compiled:
+            # Its steps are counted around the compiled call that stands in the model already.
+            raise InstrumentationError(
+                "instrument_model compiled this model already: call the model itself, or restore it, instrument it "
+                "with backend=None and compile it with backend=framework.backend(...)"
+            )
+        made = self._make_backend(attachment, inner, options)
         self._inner, self._compile_options = inner, dict(options)
         return made
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,8 @@ class CaptureReport:
     target_gbps: float
     duration_s: float
     dropped_by_site: Mapping[str, int] = field(default_factory=dict)
+    silent_sites: Sequence[str] = ()
+    """Sites that delivered nothing in the whole block; known once it is left."""
 
     capacity_gbps: float | None = None
     """Raw GB/s that this disk and these cores take at most, as measured on the pages that were written; None before
@@ -86,4 +88,5 @@ class CaptureReport:
             "dropped_by_site": dict(self.dropped_by_site),
             "target_held": self.target_held,
             "target_verdict": self.target_verdict,
+            "silent_sites": list(self.silent_sites),
         }

@@ -109,6 +109,8 @@ class Session:
         self._dropped: dict[str, int] = {}
         self._dropped_inputs = 0
         self._closed = self._ended = False
+        self.silent_sites: Sequence[str] = ()
+        """Sites that delivered nothing; whoever closes the session knows."""
         self._started = time.perf_counter()
         self._stored_after: float | None = None
         self._duration: float | None = None
@@ -282,6 +284,7 @@ class Session:
             dropped_by_site=dropped,
             capacity_gbps=measured[0] / 1e9 if measured is not None else None,
             bottleneck=measured[1] if measured is not None else None,
+            silent_sites=self.silent_sites,
         )
 
     def close(self) -> None:

@@ -16,8 +16,22 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import AlreadyInstrumentedError, InstrumentationError
 from .backend import SiteFinder
 from .gate import Gate
-from .marker import Marker, Sink, give_token, hook, step_begin, step_end, take_token
+from .marker import (
+    Marker,
+    Sink,
+    give_token,
+    hook,
+    is_plain,
+    is_recomputing,
+    step_begin,
+    step_end,
+    take_token,
+    unwrapped,
+)
 from .sites import Site, find_siblings
+from .witness import Witness
+
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
 def inner_module(model: nn.Module) -> nn.Module:
@@ -47,6 +61,7 @@ class Attachment:
         ]
         self._input_names = positional_names(inner)
         self._before: list[tuple[nn.Module, Any]] = []
+        self._compiled_before: dict[str, Any] = {}
         self._generation_config: tuple[Any, Any] | None = None
 
     def compile(self, backend: Callable[..., Any], **options: Any) -> None:
@@ -67,27 +82,40 @@ class Attachment:
             self._generation_config = (generation_config, generation_config.disable_compile)
             generation_config.disable_compile = True
 
+    @property
+    def compiled(self) -> bool:
+        """Whether the model runs compiled code of this attachment's own."""
+        return bool(self._before)
+
     def count_steps_in_trace(self) -> None:
         """Count forward calls of a model that the user compiles: by marks in the graph, or eagerly around it."""
         model, marker = self.model, self.marker
         names = self._input_names
+        # Dynamo does not see hooks that are added to what it compiled already.
+        self._compiled_before = {
+            name: module.__dict__.get("_compiled_call_impl")
+            for name, module in model.named_modules()
+            if name and _is_compiled(module) and any(site.name.startswith(f"{name}.") for site in self.sites)
+        }
         self._handles.append(model.register_forward_pre_hook(_BeginStep(marker, names), with_kwargs=True))
         self._handles.append(model.register_forward_hook(_EndStep(marker)))
 
     def open(self, sink: Sink, *, timeout_s: float | None = None) -> None:
         """Run the capturing variant from now on, and deliver to ``sink``; TimeoutError as ``Gate.switch``."""
         with self.gate.switch(timeout_s=timeout_s):
+            self.marker.witness = Witness()
             self.marker.capturing = True
             self.marker.sink = sink
 
-    def close(self, *, timeout_s: float | None = None) -> None:
+    def close(self, *, timeout_s: float | None = None) -> Witness:
         """Run the idle variant from now on; calls of other threads that deliver have finished then.
 
-        TimeoutError as ``Gate.switch``.
+        Returns what the block saw; TimeoutError as ``Gate.switch``.
         """
         with self.gate.switch(timeout_s=timeout_s):
             self.marker.sink = None
             self.marker.capturing = False
+        return self.marker.witness
 
     def check_unchanged(self) -> None:
         """Raise if a site's module was replaced, moved or stripped of its marker since it was instrumented."""
@@ -104,6 +132,14 @@ class Attachment:
                 changed.append(f"{name} (its hooks were removed)")
         if self._before and not isinstance(self.model.__dict__.get("_compiled_call_impl"), CountedCall):
             changed.append("the model itself (compiled again after instrument_model)")
+        for name, compiled in self._compiled_before.items():
+            module = self.model.get_submodule(name)
+            if isinstance(module, OptimizedModule) or module.__dict__.get("_compiled_call_impl") is compiled:
+                raise InstrumentationError(
+                    f"{name} was compiled before instrument_model(model, backend=None), by a backend that knows no "
+                    f"captures: compile it again with backend=framework.backend(...), or instrument the model before "
+                    f"its parts are compiled"
+                )
         if changed:
             raise InstrumentationError(
                 f"the model was changed after instrument_model, so captures would be incomplete: "
@@ -129,6 +165,10 @@ class Attachment:
             config.disable_compile = disabled
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    return isinstance(module, OptimizedModule) or module.__dict__.get("_compiled_call_impl") is not None
+
+
 def check_free(model: nn.Module) -> None:
     """Raise if ``model``, or a module inside it, is instrumented already."""
     for name, module in inner_module(model).named_modules():
@@ -143,6 +183,8 @@ def check_free(model: nn.Module) -> None:
 class CountedCall:
     """A compiled forward call that tells the open capture where a step begins and ends; stands outside the graph."""
 
+    __slots__ = ("_capturing", "_gate", "_idle", "_input_names", "_marker", "_mine")
+
     def __init__(
         self,
         idle: Callable[..., Any],
@@ -152,25 +194,47 @@ class CountedCall:
         input_names: Sequence[str],
     ) -> None:
         self._gate = gate
+        self._mine = gate.mine
         self._idle = idle
         self._capturing = capturing
         self._marker = marker
         self._input_names = input_names
 
+    @hook
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
-            return self._idle(*args, **kwargs)
-        self._gate.enter()
+        if is_dynamo_compiling():
+            # Inside a function that the user compiles: the model runs as Python, in its own compiled graphs.
+            torch._dynamo.graph_break("fx_instrument: an instrumented model runs its own compiled graphs")
+        # All that an idle call costs; Gate says why it is enough.
+        gate = self._gate
         try:
-            sink = self._marker.sink
-            return self._idle(*args, **kwargs) if sink is None else self._capture(sink, args, kwargs)
+            turn = self._mine.turn
+        except AttributeError:
+            turn = gate.turn()
+        turn.depth += 1
+        try:
+            if gate.switching:
+                gate.wait(turn)
+            if self._marker.sink is None:
+                return self._idle(*args, **kwargs)
+            return self._capture(args, kwargs)
         finally:
-            self._gate.leave()
+            turn.depth -= 1
+            if gate.switching:
+                gate.left()
 
-    def _capture(self, sink: Sink, args: Any, kwargs: Any) -> Any:
-        sink.begin_step(integer_inputs(self._input_names, args, kwargs))
-        try:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _capture(self, args: Any, kwargs: Any) -> Any:
+        marker = self._marker
+        sink = marker.sink
+        if sink is None or torch.compiler.is_exporting() or is_recomputing():
+            # No forward call of its own: what is exported does not run, what is recomputed ran before.
             return self._capturing(*args, **kwargs)
+        sink.begin_step(_checked(integer_inputs(self._input_names, args, kwargs)))
+        try:
+            result = self._capturing(*args, **kwargs)
+            marker.witness.completed = True
+            return result
         except BackendCompilerFailed as failure:
             # Dynamo wraps whatever a backend raises; what this package says reaches the caller as it was said.
             inner = failure.inner_exception
@@ -188,7 +252,7 @@ class _BeginStep:
 
     @hook
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self._marker.capturing:
+        if not self._marker.capturing or torch.compiler.is_exporting():
             return
         if torch.compiler.is_dynamo_compiling():
             inputs = integer_inputs(self._input_names, args, kwargs)
@@ -198,8 +262,8 @@ class _BeginStep:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, args: Any, kwargs: Any) -> None:
-        if self._marker.sink is not None:
-            self._marker.sink.begin_step(integer_inputs(self._input_names, args, kwargs))
+        if self._marker.sink is not None and not is_recomputing():
+            self._marker.sink.begin_step(_checked(integer_inputs(self._input_names, args, kwargs)))
 
 
 class _EndStep:
@@ -208,7 +272,7 @@ class _EndStep:
 
     @hook
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._marker.capturing:
+        if not self._marker.capturing or torch.compiler.is_exporting():
             return
         if torch.compiler.is_dynamo_compiling():
             step_end()
@@ -217,8 +281,9 @@ class _EndStep:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self) -> None:
-        if self._marker.sink is not None:
+        if self._marker.sink is not None and not is_recomputing():
             self._marker.sink.end_step()
+            self._marker.witness.completed = True
 
 
 def isolation() -> dict[str, Any]:
@@ -236,6 +301,12 @@ def positional_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the parameters of ``forward`` that can be given by position."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds)
+
+
+def _checked(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of the inputs that the file can hold."""
+    unwrapped_inputs = {name: unwrapped(value, f"the input {name}") for name, value in inputs.items()}
+    return {name: value for name, value in unwrapped_inputs.items() if is_plain(value)}
 
 
 def integer_inputs(

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 from torch._dynamo import lookup_backend
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import is_fake
 
 from ..errors import RewriteError
-from .marker import Marker
+from .marker import Marker, is_recomputing
 from .rewrite import Rewritten, Sampling, insert_captures
 from .shapes import SizeReader
 from .sites import Site
+
+_STRANGE_MARK = (
+    "a capture mark stands in the traced graph without a site: the model was changed after instrument_model; restore "
+    "it and instrument it again"
+)
 
 Compiled = Callable[..., Any]
 InnerBackend = str | Callable[..., Any]
@@ -88,12 +96,13 @@ class CaptureBackend:
         return inner() if inner is not None else None
 
     def _is_wanted(self, mark: fx.Node, token: object) -> bool:
+        if is_fake(token):
+            # DistributedDataParallel has Dynamo split the graph by buckets and compile the pieces on fake arguments:
+            # whose values they are is known when they run.
+            return True
         site = self._finder.marked(token)
         if site is None:
-            raise RewriteError(
-                "a capture mark stands in the traced graph without a site: the model was changed after "
-                "instrument_model; restore it and instrument it again"
-            )
+            raise RewriteError(_STRANGE_MARK)
         stack = mark.meta.get("nn_module_stack") or {}
         path = str(next(reversed(stack.values()))[0]) if stack else ""
         # A graph of the whole model runs for no other module, so there a sibling's value is never wanted.
@@ -154,21 +163,24 @@ class CapturedGraph:
                 )
         self._arguments = _picker(rewritten.arguments)
         self._tokens = _picker([planned.token for planned in rewritten.planned])
-        self._known: dict[tuple[int, ...], tuple[Site | None, ...]] = {}
+        self._known: dict[tuple[int, ...], _Chosen] = {}
 
     def __call__(self, *args: Any) -> Any:
-        sink = self._marker.sink
-        if sink is None:
-            # The capture was closed while this call was on its way in another thread.
+        marker = self._marker
+        sink = marker.sink
+        if sink is None or is_recomputing() or TracingContext.try_get() is not None:
+            # The capture was closed while this call was on its way in another thread; or activation checkpointing
+            # runs, in the backward pass, what was captured in the forward pass; or DistributedDataParallel's pieces
+            # are tried out on fake tensors while they are compiled.
             return self._compiled(*self._arguments(args))[: self._num_outputs]
         if self._begins:
             named = zip(self._input_names, self._inputs, strict=True)
             sink.begin_step({name: args[index] for name, index in named})
-        chosen = self._sites_of(args)
+        chosen = self._chosen(args)
+        sites = chosen.sites
         full_shapes: Sequence[tuple[int, ...]] | None = None
         if self._full_shapes is not None:
             full_shapes = self._full_shapes(args)
-        sites = tuple(site for site in chosen if site is not None)
         num_bytes = self._num_bytes(args) if self._num_bytes is not None else None
         ticket = sink.reserve(sites, num_bytes) if num_bytes is not None else None
         try:
@@ -178,26 +190,55 @@ class CapturedGraph:
                 sink.cancel(ticket)
             raise
         values = outputs[self._num_outputs :]
-        if len(sites) != len(chosen):
-            keep = [index for index, site in enumerate(chosen) if site is not None]
-            values = [values[index] for index in keep]
-            full_shapes = [full_shapes[index] for index in keep] if full_shapes is not None else None
+        if len(values) != chosen.num_planned:
+            if ticket is not None:
+                sink.cancel(ticket)
+            raise RewriteError(
+                f"a graph with {chosen.num_planned} planned captures returned {len(values)}: the inner backend changed "
+                f"the graph's outputs, so its values can't be told apart"
+            )
+        if chosen.keep is not None:
+            values = [values[index] for index in chosen.keep]
+            full_shapes = [full_shapes[index] for index in chosen.keep] if full_shapes is not None else None
         if ticket is None:
             # The size depends on the data: it is known only now.
             ticket = sink.reserve(sites, sum(value.nbytes for value in values))
         sink.deliver(ticket, sites, values, full_shapes)
+        marker.witness.note(chosen.names)
         if self._ends:
             sink.end_step()
+            marker.witness.completed = True
         return outputs[: self._num_outputs]
 
-    def _sites_of(self, args: Sequence[Any]) -> tuple[Site | None, ...]:
-        """The sites of this run; None for a module that runs this graph too and is no site."""
+    def _chosen(self, args: Sequence[Any]) -> _Chosen:
+        """The sites of this run; a module that runs this graph too may be no site."""
         tokens = self._tokens(args)
         key = tuple(map(id, tokens))
-        sites = self._known.get(key)
-        if sites is None:
-            sites = self._known[key] = tuple(map(self._finder.chosen, tokens))
-        return sites
+        known = self._known.get(key)
+        if known is None:
+            if any(self._finder.marked(token) is None for token in tokens):
+                raise RewriteError(_STRANGE_MARK)
+            found = tuple(map(self._finder.chosen, tokens))
+            sites = tuple(site for site in found if site is not None)
+            keep = tuple(index for index, site in enumerate(found) if site is not None)
+            known = self._known[key] = _Chosen(
+                sites,
+                frozenset(site.name for site in sites),
+                len(found),
+                None if len(sites) == len(found) else keep,
+            )
+        return known
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """Whose values one run of a graph delivers."""
+
+    sites: tuple[Site, ...]
+    names: frozenset[str]
+    num_planned: int
+    keep: tuple[int, ...] | None
+    """Which of the planned values; None for all."""
 
 
 def _picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

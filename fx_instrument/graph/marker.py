@@ -26,8 +26,9 @@ from torch.fx.node import has_side_effect
 
 from ..errors import RewriteError
 from .sites import Site
+from .witness import Witness
 
-Hook = TypeVar("Hook", bound=Callable[..., None])
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
 class Sink(Protocol):
@@ -79,7 +80,8 @@ def tap(value: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
     if not is_fake(value) or get_proxy_mode() is not None:
         raise RewriteError(
             "the model was traced for a backend other than the framework's, so its captures would be lost: "
-            "let instrument_model compile the model, or pass backend=framework.backend(...) to torch.compile"
+            "call an instrumented model outside functions that you compile yourself, or instrument it with "
+            "backend=None and pass backend=framework.backend(...) to torch.compile"
         )
     return value
 
@@ -121,13 +123,19 @@ def first_tensor(output: object) -> torch.Tensor | None:
 
 
 def hook(function: Hook) -> Hook:
-    """Keep Dynamo from compiling a hook that it meets as a frame of its own: there it runs as Python.
+    """Keep Dynamo from compiling a hook, or a call, that it meets as a frame of its own: there it runs as Python.
 
     It does so behind graph breaks, and for the root's hooks. Where Dynamo traces the caller it inlines the hook
     all the same.
     """
     skip_code(function.__code__)
     return function
+
+
+def is_recomputing() -> bool:
+    """Whether this thread runs a backward pass: what runs modules there is activation checkpointing, once more."""
+    task: int = torch._C._current_graph_task_id()
+    return task != -1
 
 
 class Marker:
@@ -139,11 +147,12 @@ class Marker:
     def __init__(self, sites: Mapping[int, Site]) -> None:
         self.capturing = False
         self.sink: Sink | None = None
+        self.witness = Witness()
         self.sites = dict(sites)  # id(module) -> site
 
     @hook
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self.capturing:
+        if not self.capturing or torch.compiler.is_exporting():
             return
         if torch.compiler.is_dynamo_compiling():
             value = first_tensor(output)
@@ -156,8 +165,16 @@ class Marker:
     def _record(self, module: nn.Module, output: Any) -> None:
         """Hand over the value of a module that runs outside any graph."""
         value, site, sink = first_tensor(output), self.sites.get(id(module)), self.sink
-        if value is not None and site is not None and sink is not None:
-            sink.record_eager(site, value)
+        if value is None or site is None or sink is None or is_recomputing():
+            return
+        value = unwrapped(value, f"the output of {site.name}")
+        if not is_plain(value):
+            raise RewriteError(
+                f"{site.name} returned a {type(value).__name__} of layout {value.layout}; only plain dense tensors can "
+                f"be captured: choose other sites"
+            )
+        sink.record_eager(site, value)
+        self.witness.note(frozenset((site.name,)))
 
     # A copy of an instrumented model is a plain model: its hooks stay, switched off for good.
     def __deepcopy__(self, memo: dict[int, Any]) -> Marker:
@@ -165,3 +182,25 @@ class Marker:
 
     def __reduce__(self) -> tuple[type[Marker], tuple[dict[int, Site]]]:
         return Marker, ({},)
+
+
+def unwrapped(value: torch.Tensor, what: str) -> torch.Tensor:
+    """A value as the file can hold it, under ``torch.func``'s transforms too.
+
+    Raises:
+        RewriteError: it stands for many values at once (``vmap``).
+    """
+    functorch: Any = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(value):
+        if functorch.is_batchedtensor(value):
+            raise RewriteError(
+                f"{what} is computed under torch.vmap, where a value stands for many calls at once: capture without "
+                f"vmap, or give the model the batch itself"
+            )
+        value = functorch.get_unwrapped(value)
+    return value
+
+
+def is_plain(value: torch.Tensor) -> bool:
+    """A dense tensor and no subclass: its bytes are its values."""
+    return type(value) in (torch.Tensor, nn.Parameter) and value.layout is torch.strided

@@ -159,8 +159,8 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     graph, mapping = copy_graph(gm.graph)
     for old, new in mapping.items():
         # Sources name a placeholder's origin in guards; plain graph copies leave these attributes behind.
-        if (source := getattr(old, "_dynamo_source", None)) is not None:
-            new._dynamo_source = source
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
     copy = fx.GraphModule(gm, graph, type(gm).__name__)
     copy.meta = gm.meta.copy()
     for name in ("_param_name_to_source", "_backend_id"):
