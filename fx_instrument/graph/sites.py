@@ -28,6 +28,8 @@ _MLP_WORDS = frozenset(
     {"mlp", "mlps", "ffn", "ffns", "ff", "ffw", "feedforward", "feedforwards", "moe", "swiglu", "geglu"}
     | {"denserelu", "denseact", "densegated", "channelmix", "channelmixer"}
 )
+# Names that say where a module stands, not what it is: a mixer may be Mamba in one layer and an MLP in the next.
+_PLACE_WORDS = frozenset({"mixer", "mixers"})
 # Words of modules that belong to an attention or MLP by name only ("post_attention_layernorm").
 _SUPPORT_WORDS = frozenset(
     {"norm", "layernorm", "rmsnorm", "batchnorm", "groupnorm", "ln", "dropout", "drop", "droppath"}
@@ -128,7 +130,8 @@ def _role_of(module: nn.Module, label: str) -> Role | None:
     if not _has_matrix(module):
         return None
     # The attribute says more than the class: a `mlp` may be of any class, a class is often generic.
-    return _role_by_words(name_words) or _role_by_words(class_words)
+    by_name, by_class = _role_by_words(name_words), _role_by_class(class_words)
+    return by_class or by_name if name_words & _PLACE_WORDS else by_name or by_class
 
 
 def _words(text: str) -> frozenset[str]:
@@ -159,8 +162,10 @@ def _is_block(module: nn.Module) -> bool:
     """Holds both an attention and an MLP: a whole layer, whatever its name says."""
     roles: set[str] = set()
     for name, child in module.named_modules():
-        if name and not isinstance(child, _CONTAINERS):
-            role = _role_of(child, name.rpartition(".")[2])
+        key = name.rpartition(".")[2]
+        # Swin's attention computes its position bias with an MLP of its own; that makes it no layer.
+        if name and not isinstance(child, _CONTAINERS) and not _words(key) & _SUPPORT_WORDS:
+            role = _role_of(child, key)
             if role is not None and _is_compound(child):
                 roles.add(role)
     return len(roles) == 2
@@ -198,6 +203,13 @@ def _role_by_words(words: frozenset[str]) -> Role | None:
     return "attention" if words & _ATTENTION_WORDS else None
 
 
+def _role_by_class(words: frozenset[str]) -> Role | None:
+    """As by words, but "Moe" in a class may be the model's family: ``GraniteMoeHybridMambaLayer``."""
+    if words & _ATTENTION_WORDS and words & _MLP_WORDS == {"moe"}:
+        return "attention"
+    return _role_by_words(words)
+
+
 def _without_wrapper(module: nn.Module, name: str) -> str:
     """Down from a wrapper that adds norm and residual (T5's ``layer.0``) to what it wraps (``SelfAttention``)."""
     while True:
@@ -220,31 +232,64 @@ def _last_projections(model: nn.Module, found: dict[str, Role]) -> None:
     for names in bare.values():
         for name in names[:-1]:
             del found[name]
-    for block in {name.rpartition(".")[0] for name, role in found.items() if role == "attention"}:
+    attention_blocks = {name.rpartition(".")[0] for name, role in found.items() if role == "attention"}
+    for block in attention_blocks | set(_siteless_layers(model, found)):
         prefix = f"{block}." if block else ""
         inside = [name for name in found if name.startswith(prefix)]
         if any(found[name] == "mlp" for name in inside):
             continue
-        projections = [
-            f"{prefix}{name}"
+        projections = {
+            f"{prefix}{name}": _matrix_shape(module)
             for name, module in model.get_submodule(block).named_modules()
             if name
             and _is_projection(module)
             and not any(f"{prefix}{name}.".startswith(f"{n}.") for n in inside)
-        ]
+        }
         # One projection alone is not an MLP, and far from a layer (a model's head) it is none either.
         if len(projections) >= 2 and block:
-            found[projections[-1]] = "mlp"
+            found[_last_of_pair(projections) or list(projections)[-1]] = "mlp"
+
+
+def _siteless_layers(model: nn.Module, found: dict[str, Role]) -> Iterator[str]:
+    """Layers of a stack without any site that widen and narrow again: FNet's, whose mixing has no weights."""
+    for stack, layers in model.named_modules():
+        if not isinstance(layers, nn.ModuleList) or any(name.startswith(f"{stack}.") for name in found):
+            continue
+        for key, layer in layers.named_children():
+            shapes = {name: _matrix_shape(m) for name, m in layer.named_modules() if _is_projection(m)}
+            pair = _last_of_pair(shapes)
+            # A projection of whatever kind may stand beside an MLP; convolutions and embeddings make another layer.
+            if pair and len(shapes) == sum(1 for p in layer.parameters() if _dims(p) >= 2) == 2:
+                yield f"{stack}.{key}"
+
+
+def _last_of_pair(shapes: dict[str, tuple[int, int]]) -> str | None:
+    """The last projection that undoes the widening of one before it: ``output.dense`` after ``intermediate.dense``."""
+    seen: set[tuple[int, int]] = set()
+    last = None
+    for name, (rows, columns) in shapes.items():
+        if rows != columns and (columns, rows) in seen:
+            last = name
+        seen.add((rows, columns))
+    return last
+
+
+def _matrix_shape(projection: nn.Module) -> tuple[int, int]:
+    """Rows and columns; zeros where the matrix is packed elsewhere."""
+    weight = next(p for p in projection.parameters(recurse=False) if _dims(p) >= 2)
+    return (weight.shape[0], weight.shape[1]) if weight.dim() >= 2 else (0, 0)
 
 
 def _is_projection(module: nn.Module) -> bool:
-    """A linear map by its weight: one matrix and at most a bias, no children (``Linear``, GPT-2's ``Conv1D``)."""
-    shapes = [_dims(parameter) for parameter in module.parameters(recurse=False)]
-    return (
-        not list(module.children())
-        and sorted(shapes) in ([2], [1, 2])
-        and not isinstance(module, nn.Embedding)
-    )
+    """A linear map by its weight: one matrix and at most a bias, no children.
+
+    ``Linear``, GPT-2's ``Conv1D``, and convolutions over single positions (SqueezeBERT's).
+    """
+    if list(module.children()) or isinstance(module, nn.Embedding):
+        return False
+    parameters = list(module.parameters(recurse=False))
+    matrices = [parameter for parameter in parameters if _dims(parameter) >= 2]
+    return len(matrices) == 1 and len(parameters) <= 2 and all(size == 1 for size in matrices[0].shape[2:])
 
 
 def _sites_by_glob(model: nn.Module, globs: Sequence[str], roles: dict[str, Role]) -> tuple[Site, ...]:
