@@ -30,6 +30,7 @@ from .framework import InstrumentationFramework
 from .graph.reference import SiteDifference
 from .graph.sites import Site
 from .graph.trace import GraphBreak
+from .packets import convert_packets
 from .plan import Compression, Plan, SitePlan
 from .repair import recover_stream
 from .serving import Recorder, RecorderReport
@@ -73,6 +74,7 @@ __all__ = [
     "UnsupportedStreamError",
     "__version__",
     "analyze_activations",
+    "convert_packets",
     "export_stream",
     "open_stream",
     "recover_stream",

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,10 @@ import click
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .activations import ActivationStream, Record, open_stream
-from .analysis import analyze_activations, describe, describe_damage
+from .analysis import analyze_activations, describe
 from .config import CODECS, HookGranularity
 from .errors import (
     CorruptStreamError,
@@ -31,9 +28,11 @@ from .errors import (
     UnsupportedStreamError,
 )
 from .export import FORMATS, export_stream
-from .repair import recover_stream
+from .packets import convert_packets
+from .repair import check_file, recover_stream
 from .site_table import info_table, site_table
 from .stream.mapped import stream_files
+from .terminal import console, print_json, show_progress
 from .version import __version__
 
 EXIT_DAMAGED, EXIT_USAGE, EXIT_UNREADABLE, EXIT_MISSING_PACKAGE, EXIT_FAILED = 1, 2, 3, 4, 5
@@ -76,9 +75,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = None
         return 0
     except (OSError, ValueError, InstrumentationError) as error:
-        errors.print(f"[red]error:[/] {escape(str(error))}")
-        if isinstance(error, TruncatedStreamError):
-            errors.print("Read it with --recover, or repair it with `fx-instrument recover`.")
+        errors.print(f"[red]error:[/] {escape(str(error).replace('recover=True', '--recover'))}")
+        if isinstance(error, TruncatedStreamError) and "recover=True" in str(error):
+            errors.print("Read it so, or repair it with `fx-instrument recover`.")
         return _exit_code(error)
 
 
@@ -117,10 +116,10 @@ def info(files: Sequence[Path], as_json: bool, recover: bool) -> None:
         sites = [{"name": site.name, "role": site.role} for site in stream.sites]
         inputs = list(stream.input_names)
     if as_json:
-        _print_json({**found, "sites": sites, "inputs": inputs})
+        print_json({**found, "sites": sites, "inputs": inputs})
         return
-    console = _console()
-    console.print(info_table(found, sites, inputs))
+    out = console()
+    out.print(info_table(found, sites, inputs))
 
 
 @cli.command(short_help="Print statistics of each site's values.")
@@ -130,15 +129,15 @@ def info(files: Sequence[Path], as_json: bool, recover: bool) -> None:
 @site_option
 def stats(files: Sequence[Path], as_json: bool, recover: bool, globs: Sequence[str]) -> None:
     """Print statistics of the values of each site."""
-    with _progress("reading", quiet=as_json) as progress:
+    with show_progress("reading", quiet=as_json) as progress:
         found = analyze_activations(_one_or_all(files), recover=recover, progress=progress)
     if globs:
         found["sites"] = {name: found["sites"][name] for name in _choose(list(found["sites"]), globs)}
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
-    console = _console()
-    console.print(site_table(found["sites"], console.width))
+    out = console()
+    out.print(site_table(found["sites"], out.width))
 
 
 @cli.command(short_help="Check a file against its checksums.")
@@ -147,15 +146,15 @@ def stats(files: Sequence[Path], as_json: bool, recover: bool, globs: Sequence[s
 def verify(files: Sequence[Path], as_json: bool) -> int:
     """Check every byte against its checksums; exit code 1 if a file is damaged or cut short."""
     found = []
-    with _progress("verifying", quiet=as_json) as progress:
+    with show_progress("verifying", quiet=as_json) as progress:
         names = stream_files(files)
         for done, name in enumerate(names):
             progress(done, len(names))
-            found.append(_verified(name))
+            found.append(check_file(name))
     ok = all(result["ok"] for result in found)
     if as_json:
         problems = [problem for result in found for problem in result["problems"]]
-        _print_json(
+        print_json(
             {
                 "file": ", ".join(map(str, files)),
                 "ok": ok,
@@ -165,60 +164,48 @@ def verify(files: Sequence[Path], as_json: bool) -> int:
             }
         )
     else:
-        console = _console()
+        out = console()
         for result in found:
             for problem in result["problems"]:
-                console.print(f"[red]damaged:[/] {escape(problem['reason'])}")
+                out.print(f"[red]damaged:[/] {escape(problem['reason'])}")
             count = result["readable_records"]
             state = f"whole, {count} records" if result["ok"] else f"{count} records are readable"
-            console.print(f"{escape(result['file'])}: {state}")
+            out.print(f"{escape(result['file'])}: {state}")
     return 0 if ok else EXIT_DAMAGED
 
 
-def _verified(file: str) -> dict[str, Any]:
-    problems: list[dict[str, Any]] = []
-    records = 0
-    try:
-        with open_stream(file) as stream:
-            problems += describe_damage(stream.verify())
-            records = len(stream)
-    except (TruncatedStreamError, CorruptStreamError) as error:
-        problems.append({"file": file, "offset": None, "num_bytes": None, "reason": str(error)})
-    if problems:
-        try:
-            with open_stream(file, recover=True) as stream:
-                problems += [gap for gap in describe_damage(stream.damage) if gap not in problems]
-                records = len(stream)
-        except (TruncatedStreamError, CorruptStreamError):
-            records = 0
-    return {"file": file, "ok": not problems, "readable_records": records, "problems": problems}
-
-
-@cli.command(short_help="Make a damaged or cut file whole again.")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@cli.command(short_help="Make damaged or cut files whole again.")
+@files_argument
 @click.option(
     "-o",
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Leave FILE alone, write a repaired copy.",
+    help="Leave the one FILE alone, write a repaired copy.",
 )
 @json_option
-def recover(file: Path, output: Path | None, as_json: bool) -> None:
-    """Make FILE whole again after its writer was killed or bytes were damaged, so that it opens as any other.
+def recover(files: Sequence[Path], output: Path | None, as_json: bool) -> None:
+    """Make files whole again after their writer was killed or bytes were damaged, so that they open as any other.
 
-    Every record that can be read is written anew, and the result takes FILE's place; what was lost is listed.
+    Every record that can be read is written anew, and the result takes the file's place; what was lost is listed.
     """
-    with _progress("recovering", quiet=as_json) as progress:
-        found = recover_stream(file, output, progress=progress)
+    names = stream_files(files)
+    if output is not None and len(names) > 1:
+        raise click.UsageError(f"--output takes one file, got {len(names)}")
+    results = []
+    for name in names:
+        with show_progress(f"recovering {Path(name).name}", quiet=as_json) as progress:
+            results.append(recover_stream(name, output, progress=progress))
     if as_json:
-        _print_json(found)
+        print_json(results[0] if len(results) == 1 else {"files": results})
         return
-    console = _console()
-    for problem in found["damage"]:
-        console.print(
-            f"[yellow]lost:[/] {problem['num_bytes']} bytes at {problem['offset']}: {escape(problem['reason'])}"
-        )
-    console.print(f"{escape(found['file'])}: {found['records']} records of {found['steps']} steps")
+    out = console()
+    for found in results:
+        for problem in found["damage"]:
+            out.print(
+                f"[yellow]lost:[/] {problem['num_bytes']} bytes at {problem['offset']}: {escape(problem['reason'])}"
+            )
+        state = "" if found["rewritten"] else ", whole already"
+        out.print(f"{escape(found['file'])}: {found['records']} records of {found['steps']} steps{state}")
 
 
 @cli.command(short_help="Write the records in another library's format.")
@@ -246,15 +233,43 @@ def export(
     """
     with open_stream(_one_or_all(files), recover=recover) as stream:
         sites = _choose([site.name for site in stream.sites], globs) if globs else None
-        with _progress("exporting", quiet=as_json) as progress:
+        with show_progress("exporting", quiet=as_json) as progress:
             made = export_stream(
                 stream, output, format=format_, sites=sites, overwrite=overwrite, progress=progress
             )
     if as_json:
-        _print_json({"files": [str(file) for file in made]})
+        print_json({"files": [str(file) for file in made]})
         return
     for file in made:
         click.echo(file)
+
+
+@cli.command(short_help="Make a stream of an llm-instrumentation file.")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option(
+    "--dtype", default="float16", show_default=True, help="Of the values: the old file does not say."
+)
+@click.option(
+    "--width",
+    type=click.IntRange(1),
+    help="Last dimension of the values; without it, they have one dimension.",
+)
+@click.option("--codec", default="zstd", show_default=True, type=click.Choice(CODECS))
+@json_option
+def convert(file: Path, output: Path, dtype: str, width: int | None, codec: str, as_json: bool) -> None:
+    """Write the packets of FILE, which llm-instrumentation recorded, as the stream OUTPUT.
+
+    A name becomes a site, its n-th packet the value of step n. Old files hold neither dtype nor shape.
+    """
+    with show_progress("converting", quiet=as_json) as progress:
+        found = convert_packets(file, output, dtype=dtype, width=width, codec=codec, progress=progress)
+    if as_json:
+        print_json(found)
+        return
+    if found["truncated"]:
+        console().print(f"[yellow]cut:[/] {escape(found['truncated'])}")
+    console().print(f"{escape(found['file'])}: {found['records']} records of {found['sites']} sites")
 
 
 @cli.command(short_help="Print the first records.")
@@ -280,7 +295,7 @@ def head(
             _head_row(record, values) for record in itertools.islice(_first_records(stream, chosen), records)
         ]
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     table = Table(header_style="bold", box=None, pad_edge=False)
     numbers_shown = ("step", "call", "rank") if len(ranks) > 1 else ("step", "call")
@@ -298,7 +313,7 @@ def head(
         table.add_row(
             *(str(row[name]) for name in numbers_shown), escape(row["site"]), row["dtype"], shape, numbers
         )
-    _console().print(table)
+    console().print(table)
 
 
 @cli.command(short_help="Capture a real SmolLM2-135M and draw it.")
@@ -351,7 +366,7 @@ def demo(
         backend=backend,
         dtype=getattr(torch, dtype),
     )
-    run_demo(options, _console())
+    run_demo(options, console())
 
 
 def _one_or_all(files: Sequence[Path]) -> Path | Sequence[Path]:
@@ -396,27 +411,3 @@ def _head_row(record: Record, num_values: int) -> dict[str, Any]:
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
-
-
-@contextmanager
-def _progress(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error, where that is a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-
-        def show(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield show
-
-
-def _console() -> Console:
-    """Standard output; what goes to a file or a pipe is not squeezed into 80 columns."""
-    console = Console()
-    return console if console.is_terminal else Console(width=160, soft_wrap=True)
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2))

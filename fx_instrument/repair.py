@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .errors import UnsupportedStreamError
+from .errors import CorruptStreamError, TruncatedStreamError
 from .stream.reader import StreamReader
-from .stream.records import RecordMeta
+from .stream.records import Damage, RecordMeta
+from .stream.refs import RecordRef
 from .stream.writer import StreamWriter
 
 # Bytes read but not yet written; the writer takes over what it is given and never blocks.
@@ -39,17 +42,13 @@ def recover_stream(
     Raises:
         FileNotFoundError, NotAStreamError, TruncatedStreamError: nothing can be read.
         FileExistsError: ``output`` exists.
-        UnsupportedStreamError: ``path`` is several streams in one file.
+        UnsupportedStreamError: a newer format.
         CaptureFailedError: the new file could not be written; ``path`` is as it was.
     """
     source = Path(path)
     if output is not None and Path(output).exists():
         raise FileExistsError(f"{output} exists already")
     with StreamReader(source, recover=True) as reader:
-        if len(reader.segments) > 1:
-            raise UnsupportedStreamError(
-                f"{source} holds {len(reader.segments)} streams, one after the other: recover the parts before joining"
-            )
         damage = [
             {"offset": int(gap.offset), "num_bytes": int(gap.num_bytes), "reason": gap.reason}
             for gap in reader.damage
@@ -61,7 +60,7 @@ def recover_stream(
             "damage": damage,
             "rewritten": True,
         }
-        if output is None and not damage and reader.segments[0].whole:
+        if output is None and not damage and all(segment.whole for segment in reader.segments):
             return {**found, "rewritten": False}
         target = Path(output) if output is not None else source.with_name(f".{source.name}.recovering")
         if output is None:
@@ -70,10 +69,49 @@ def recover_stream(
             _copy(reader, target, damage, progress)
         except BaseException:
             target.unlink(missing_ok=True)
+            _part_of(target).unlink(missing_ok=True)
             raise
     if output is None:
         target.replace(source)
     return found
+
+
+def check_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Every byte of a stream file against its checksums.
+
+    Returns:
+        ``file``, ``ok``, ``readable_records``, ``problems`` (file, offset, num_bytes and reason of each; offset and
+        size are None of the file as a whole).
+
+    Raises:
+        FileNotFoundError, NotAStreamError, UnsupportedStreamError: there is no stream to check.
+    """
+    name = os.fspath(path)
+    problems: list[dict[str, Any]] = []
+    records = 0
+    try:
+        with StreamReader(name) as reader:
+            problems += map(_problem, reader.verify())
+            records = reader.num_records
+    except (TruncatedStreamError, CorruptStreamError) as error:
+        problems.append({"file": name, "offset": None, "num_bytes": None, "reason": str(error)})
+    if problems:
+        try:
+            with StreamReader(name, recover=True) as reader:
+                problems += [found for found in map(_problem, reader.damage) if found not in problems]
+                records = reader.num_records
+        except (TruncatedStreamError, CorruptStreamError):
+            records = 0
+    return {"file": name, "ok": not problems, "readable_records": records, "problems": problems}
+
+
+def _problem(gap: Damage) -> dict[str, Any]:
+    return {
+        "file": gap.file,
+        "offset": int(gap.offset),
+        "num_bytes": int(gap.num_bytes),
+        "reason": gap.reason,
+    }
 
 
 def _copy(
@@ -82,41 +120,76 @@ def _copy(
     damage: list[dict[str, Any]],
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    metadata = {name: value for name, value in reader.metadata.items() if name != "summary"}
-    prolog = reader.segments[0].prolog
+    """Each segment written anew; of several, one after the other, as ``cat`` would join them."""
+    is_input = {site.id: site.role == "input" for site in reader.sites}
+    done = 0
+
+    def counted(records: Iterator[tuple[RecordRef, Any]]) -> Iterator[tuple[RecordRef, Any]]:
+        nonlocal done
+        for ref, data in records:
+            yield ref, data
+            done += not is_input[ref.site_id]
+            if progress is not None:
+                progress(done, reader.num_records)
+
+    groups = itertools.groupby(counted(reader.scan()), key=lambda found: found[0].segment)
+    number, records = next(groups, (None, iter(())))
+    for segment in range(len(reader.segments)):
+        part = target if segment == 0 else _part_of(target)
+        mine = records if number == segment else iter(())
+        _copy_segment(reader, segment, mine, part, damage)
+        if number == segment:
+            number, records = next(groups, (None, iter(())))
+        if part is not target:
+            with part.open("rb") as source, target.open("ab") as joined:
+                shutil.copyfileobj(source, joined, 1 << 20)
+            part.unlink()
+
+
+def _part_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.part")
+
+
+def _copy_segment(
+    reader: StreamReader,
+    segment: int,
+    records: Iterator[tuple[RecordRef, Any]],
+    target: Path,
+    damage: list[dict[str, Any]],
+) -> None:
+    found, part = reader.segments[segment], reader.parts[segment]
     # Of when it was captured, not of when it was repaired: files of a rank are read in that order.
     writer = StreamWriter(
         target,
-        metadata=metadata,
-        codec=reader.codec,
+        metadata=found.prolog.metadata,
+        codec=found.prolog.codec,
         mode="x",
-        rank=prolog.rank,
-        world=prolog.world,
-        created_ns=prolog.created_ns,
+        rank=part.rank,
+        world=part.world,
+        created_ns=part.created_ns,
     )
     try:
-        ids = {site.id: writer.add_site(site.name, site.role) for site in reader.sites}
-        is_input = {site.id: site.role == "input" for site in reader.sites}
-        pending = _Pending()
-        done = 0
-        for ref, data in reader.scan():
+        names = {(site.name, site.role): writer.add_site(site.name, site.role) for site in found.sites}
+        ids = {
+            site.id: names[site.name, site.role] for site in reader.sites if (site.name, site.role) in names
+        }
+        pending = Pending()
+        for ref, data in records:
             pending.add(len(data))
-            meta = RecordMeta(ids[ref.site_id], ref.step, ref.call, ref.dtype, ref.shape, ref.full_shape)
+            step = ref.step - part.first_step
+            meta = RecordMeta(ids[ref.site_id], step, ref.call, ref.dtype, ref.shape, ref.full_shape)
             writer.put(meta, data, partial(pending.remove, len(data)))
             if pending.is_full:
                 writer.seal()
                 pending.wait()
-            done += not is_input[ref.site_id]
-            if progress is not None:
-                progress(done, reader.num_records)
     except BaseException:
         writer.abandon()
         raise
-    summary = dict(reader.metadata.get("summary") or {})
-    writer.close({**summary, "num_steps": reader.num_steps, "recovered": True, "damage": damage})
+    summary = dict(found.summary)
+    writer.close({**summary, "num_steps": found.num_steps, "recovered": True, "damage": damage})
 
 
-class _Pending:
+class Pending:
     """Counts the bytes that the writer holds."""
 
     def __init__(self) -> None:

@@ -275,3 +275,35 @@ def test_the_command_line_takes_files_and_folders(capsys, two_ranks):
     assert (code, [file["ok"] for file in json.loads(out)["files"]]) == (1, [True, False])
     with pytest.raises(CorruptStreamError, match=parts[1].name):
         analyze_activations(two_ranks)
+
+
+def test_joined_and_many_files_are_repaired(capsys, tmp_path, two_ranks):
+    """Repairing a joined file keeps its parts apart; a folder's files are repaired each in its place."""
+    pytest.importorskip("click")
+    from fx_instrument.cli import run
+
+    parts = sorted(two_ranks.iterdir())
+    joined = tmp_path / "joined.stream"
+    first = bytearray(parts[0].read_bytes())
+    first[-300] ^= 1
+    joined.write_bytes(bytes(first) + parts[1].read_bytes()[:-1])
+    with open_stream(joined, recover=True) as stream:
+        expected = [(r.site, r.step, r.rank, r.tensor()) for r in stream]
+        inputs = stream.inputs(2, rank=1)
+    assert len(expected) == 12
+    assert recover_stream(joined)["rewritten"]
+    with open_stream(joined) as stream:
+        assert [(part.rank, part.num_steps) for part in stream.parts] == [(0, 3), (1, 3)]
+        found = [(r.site, r.step, r.rank, r.tensor()) for r in stream]
+        assert [record[:3] for record in found] == [record[:3] for record in expected]
+        assert all(torch.equal(a[3], b[3]) for a, b in zip(found, expected, strict=True))
+        assert torch.equal(stream.inputs(2, rank=1)["input_ids"], inputs["input_ids"])
+        assert stream.verify() == []
+    assert not recover_stream(joined)["rewritten"]
+    for part in parts:
+        part.write_bytes(part.read_bytes()[:-1])
+    assert run(["verify", str(two_ranks)]) == 1
+    assert run(["recover", str(two_ranks), "-o", str(tmp_path / "x.stream")]) == 2
+    assert run(["recover", str(two_ranks)]) == 0
+    assert run(["verify", str(two_ranks)]) == 0
+    assert sorted(two_ranks.iterdir()) == parts

@@ -12,6 +12,7 @@ from typing import Any
 
 import lz4
 import lz4.block
+import lz4.frame
 import numpy as np
 import numpy.typing as npt
 import zstandard
@@ -26,6 +27,7 @@ from .payload import (
     LEAD_BYTES,
     LZ4_BLOCK_HEAD_BYTES,
     LZ4_FRAME_HEAD,
+    LZ4_FRAME_MAGIC,
     EncodedPage,
     Plane,
     build_payload,
@@ -317,6 +319,25 @@ def _decode_plane(data: memoryview, size: int | None, encoding: int, lz4_family:
     if size is not None and len(data) != size:
         raise CorruptStreamError(f"a stored plane has {len(data)} bytes where {size} are due")
     return np.frombuffer(data, np.uint8)
+
+
+def unpack_any(data: bytes, limit: int) -> bytes:
+    """The content of one zstd or LZ4 frame, of at most ``limit`` bytes; other data as they are."""
+    try:
+        if data.startswith(b"\x28\xb5\x2f\xfd"):
+            size = zstandard.get_frame_parameters(data).content_size
+            if size > limit:
+                raise CorruptStreamError(f"a zstd frame says it has {size} bytes")
+            return bytes(zstandard.ZstdDecompressor().decompress(data))
+        if data.startswith(LZ4_FRAME_MAGIC):
+            unpacker = lz4.frame.LZ4FrameDecompressor()
+            unpacked: bytes = unpacker.decompress(data, max_length=limit)
+            if not unpacker.eof:
+                raise CorruptStreamError(f"an LZ4 frame is cut, or has more than {limit} bytes")
+            return unpacked
+    except (zstandard.ZstdError, RuntimeError) as error:
+        raise CorruptStreamError(f"a frame does not decode: {error}") from error
+    return data
 
 
 def backend_versions() -> dict[str, Any]:

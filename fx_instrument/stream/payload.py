@@ -21,6 +21,7 @@ U8 = npt.NDArray[np.uint8]
 Piece: TypeAlias = "bytes | U8"
 
 EMPTY_ZSTD_FRAME = bytes.fromhex("28b52ffd2000010000")
+LZ4_FRAME_MAGIC = bytes.fromhex("04224d18")
 LZ4_FRAME_HEAD = bytes.fromhex("04224d18607073")
 """Version 1, independent blocks of at most 4 MiB, no checksums, no content size."""
 LZ4_BLOCK_HEAD_BYTES = 4
