@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from . import plots, report, sections
+from .workloads import KINDS
 
 SCHEMA = 1
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -28,6 +29,13 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
     multiple=True,
     type=click.Choice(list(sections.SECTIONS)),
     help="Only this section; may be given several times. Adds to --output's file if it is there.",
+)
+@click.option(
+    "--workload",
+    "kinds",
+    multiple=True,
+    type=click.Choice(KINDS),
+    help="Only this kind of workload on the real model; may be given several times.",
 )
 @click.option(
     "--rounds", type=click.IntRange(min=1), help="Interleaved rounds of each workload [7, quick 5]."
@@ -45,6 +53,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 def main(
     quick: bool,
     only: tuple[str, ...],
+    kinds: tuple[str, ...],
     rounds: int | None,
     dtype: str,
     device: str,
@@ -73,6 +82,7 @@ def main(
         quick=quick,
         compile_options={"mode": mode} if mode else {},
         with_peers=not no_peers,
+        kinds=kinds or KINDS,
     )
     result = begin(output, bool(only), today, device)
     result["dtype"] = dtype
@@ -82,7 +92,7 @@ def main(
         task = progress.add_task("", total=len(names))
         options.say = lambda text: progress.update(task, description=text)
         for name in names:
-            result["sections"].update(sections.run([name], options))
+            add(result["sections"], name, sections.run(name, options))
             progress.advance(task)
             write(result, output)
     show(result, console)
@@ -108,6 +118,14 @@ def begin(output: Path, adds: bool, today: str, device: str) -> dict[str, Any]:
         "versions": report.versions(),
         **{key: result[key] for key in ("commands", "sections")},
     }
+
+
+def add(found: dict[str, Any], name: str, section: dict[str, Any]) -> None:
+    """A section beside, or its workloads into, what is there."""
+    before = found.get(name, {}).get("workloads", {})
+    found[name] = section
+    if "workloads" in section:
+        section["workloads"] = {**before, **section["workloads"]}
 
 
 def write(result: dict[str, Any], output: Path) -> None:

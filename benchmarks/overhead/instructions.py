@@ -23,10 +23,8 @@ CALLS = 40
 VARIANTS = (
     "compiled",
     "FX, not capturing",
-    "FX, null sink",
     "FX, zstd file",
     "compiled + traced hooks, zstd file",
-    "compiled + hooks, zstd file",
 )
 TIMEOUT_S = 600
 

@@ -52,7 +52,8 @@ class Checked:
     largest_difference: float | None
     peak_mb: float | None
     """Growth of the resident set at its highest, MB (1e6)."""
-    error: str = ""
+    peak_device_mb: float | None = None
+    """The same of the device's allocator; None on a CPU."""
 
 
 def clock(variant: Variant, bench: Bench, folder: Path) -> Sample:
@@ -79,9 +80,8 @@ def check(
     with counting() as first, variant.block(folder):
         bench.ready()(variant.run)
     with counting() as later:
-        for _ in range(2):
-            with variant.block(folder):
-                bench.ready()(variant.run)
+        with variant.block(folder):
+            bench.ready()(variant.run)
         run = bench.ready()
         gc.collect()
         with peak_memory() as peak, variant.block(folder) as rows:
@@ -95,6 +95,7 @@ def check(
         None if reference is None else bool(torch.equal(output, reference)),
         None if reference is None else _difference(output, reference),
         peak.mb,
+        peak.device_mb,
     )
     return found, output.detach().clone()
 

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from fx_instrument import HookGranularity
 from . import costs, instructions, measure, models, peers, timeline, variants
 from .measure import clock
 from .variants import BASE, Setup, Variant
-from .workloads import Bench, Workload
+from .workloads import KINDS, Bench, Workload
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ class Options:
     quick: bool
     compile_options: dict[str, Any] = field(default_factory=dict)
     with_peers: bool = True
+    kinds: Sequence[str] = KINDS
+    """Kinds of workload that the real model runs."""
     say: Callable[[str], None] = lambda text: None
     """Called with what is being done."""
 
@@ -107,8 +109,8 @@ def real(options: Options) -> dict[str, Any]:
     chosen = [
         variants.compiled(setup),
         *variants.ours(setup),
-        variants.sampled(setup, 0.01),
         *variants.traced_hooks(setup),
+        variants.sampled(setup, 0.01),
         variants.plain(setup),
     ]
     others: list[Variant] = []
@@ -117,9 +119,13 @@ def real(options: Options) -> dict[str, Any]:
         chosen += [variants.hooked(setup, compiled=False), variants.hooked(setup, compiled=True)]
         if options.with_peers:
             others, missing = peers.peers(setup)
+    # Every variant is compiled anew for each kind of workload, 30 layers each time: some kinds have fewer.
+    fewer = {"decode-static": chosen[:7], "generate": [*chosen[:4], chosen[7]]}
     found: dict[str, Any] = {}
     for workload in main_workloads(options):
-        found[workload.name] = table(chosen, workload, model, options)
+        if workload.kind not in options.kinds:
+            continue
+        found[workload.name] = table(fewer.get(workload.kind, chosen), workload, model, options)
         if others and workload.kind == "prefill":
             # Some of them take many times as long, so they get fewer rounds, and rounds of their own.
             few = table([chosen[0], *others], workload, model, options, rounds=3, missing=missing)
@@ -128,9 +134,8 @@ def real(options: Options) -> dict[str, Any]:
             found[workload.name]["variants"].update(rows)
             found[workload.name]["rounds_of_peers"] = 3
         if not options.quick and options.device == "cpu" and workload.kind in ("prefill", "decode-dynamic"):
-            busy = [v for v in chosen if v.name == BASE or v.name.startswith("FX") or "traced" in v.name]
             with measure.one_core():
-                found[f"{workload.name}, no idle core"] = table(busy, workload, model, options)
+                found[f"{workload.name}, no idle core"] = table(chosen[:7], workload, model, options)
     return {"model": "SmolLM2-135M-Instruct", "workloads": found}
 
 
@@ -168,8 +173,9 @@ def shapes(options: Options) -> dict[str, Any]:
     return {"model": "toy, 4 layers of width 256", "workloads": found}
 
 
-MANY = ("self_attn", "mlp", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj",
-        "input_layernorm", "post_attention_layernorm")  # fmt: skip
+PARTS = (".self_attn", ".mlp", ".self_attn.q_proj", ".self_attn.k_proj", ".self_attn.v_proj", "",
+         ".input_layernorm", ".post_attention_layernorm")  # fmt: skip
+"""Modules of a layer whose outputs are all as wide as the model; "" is the layer itself."""
 
 
 def scaling(options: Options) -> dict[str, Any]:
@@ -177,19 +183,19 @@ def scaling(options: Options) -> dict[str, Any]:
     options.say("scaling: the deep toy")
     deep = models.toy(options.dtype, options.device, depth=32, width=64)
     layers = len(deep.model.layers)  # type: ignore[arg-type, union-attr]
-    names = [f"model.layers.{layer}.{part}" for part in MANY for layer in range(layers)]
+    names = [f"model.layers.{layer}{part}" for part in PARTS for layer in range(layers)]
     by_sites, points = {}, []
     held_out = 128
     workloads = [Workload("prefill", 4, 64, 16), Workload("decode-static", 4, 16, 64)]
-    for count in (8, 32, 64, held_out, 256):
+    plain = variants.compiled(Setup(deep, options=options.compile_options))
+    for count in (8, 64, held_out, 256):
         setup = Setup(deep, sites=names[:count], options=options.compile_options)
-        chosen = [variants.compiled(setup), *variants.ours(setup)[1:]]
+        chosen = [plain, *variants.ours(setup)[1:]]
         for workload in workloads:
             key = f"{count} sites, {workload.name}"
             rows = table(chosen, workload, deep, options)
             by_sites[key] = rows
-            points += _points(rows, key, count, _bytes_of(deep, names[:count], workload))
-        gc.collect()
+            points += _points(rows, key, count, _bytes_of(deep, count, workload))
     by_depth = {}
     for depth in (2, 8):
         model = models.toy(options.dtype, options.device, depth=depth, width=64)
@@ -206,11 +212,8 @@ def scaling(options: Options) -> dict[str, Any]:
     }
 
 
-def _bytes_of(model: Any, sites: Sequence[str], workload: Workload) -> float:
-    width, wide = model.config.hidden_size, model.config.intermediate_size
-    channels = sum(wide if name.endswith("up_proj") else width for name in sites)
-    rows = workload.rows / workload.calls
-    return float(rows * channels * next(model.parameters()).element_size())
+def _bytes_of(model: Any, sites: int, workload: Workload) -> float:
+    return workload.rows / workload.calls * sites * variants.row_bytes(model)
 
 
 def _points(rows: dict[str, Any], label: str, sites: int, num_bytes: float) -> list[costs.Point]:
@@ -265,7 +268,7 @@ def memory(options: Options) -> dict[str, Any]:
                 gc.collect()
                 with measure.peak_memory() as peak:
                     sample = clock(variant, bench, Path(folder))
-                raw = bench.workload.rows * variant.expected * variants._row_bytes(model)
+                raw = bench.workload.rows * variant.expected * variants.row_bytes(model)
                 found.setdefault(name, []).append(
                     {"steps": steps, "raw_mb": raw / 1e6, "peak_mb": peak.mb, "seconds": sample.wall}
                 )
@@ -325,9 +328,6 @@ def fresh() -> Any:
         yield
 
 
-def run(names: Iterable[str], options: Options) -> dict[str, Any]:
-    found = {}
-    for name in names:
-        with fresh():
-            found[name] = SECTIONS[name](options)
-    return found
+def run(name: str, options: Options) -> dict[str, Any]:
+    with fresh():
+        return SECTIONS[name](options)

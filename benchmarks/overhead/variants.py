@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from fx_instrument import (
     HookConfig,
     HookGranularity,
@@ -85,7 +83,7 @@ def hooked(setup: Setup, *, compiled: bool, sink: str = "file") -> Variant:
         call = compile_alone(model, **setup.options)
     hooks = GoodHooks(model, setup.names(), setup.codec, call)
     name = f"{'compiled' if compiled else 'eager'} + hooks, {_sink(setup, sink)}"
-    return Variant(name, model, _counting(hooks.block, _row_bytes(model), _file(sink)), len(setup.names()))
+    return Variant(name, model, _counting(hooks.block, row_bytes(model), _file(sink)), len(setup.names()))
 
 
 def traced_hooks(setup: Setup) -> list[Variant]:
@@ -94,7 +92,7 @@ def traced_hooks(setup: Setup) -> list[Variant]:
     sites, first = len(setup.names()), "compiled + traced hooks, null sink"
     found = []
     for sink in ("null", "file"):
-        block = _counting(hooks.block, _row_bytes(model), _file(sink))
+        block = _counting(hooks.block, row_bytes(model), _file(sink))
         name = f"compiled + traced hooks, {_sink(setup, sink)}"
         found.append(Variant(name, model, block, sites, counts_of="" if name == first else first))
     return found
@@ -146,7 +144,7 @@ def _capturing(
         framework.config = config
         return framework.capture_activations(path)
 
-    return _counting(open_capture, _row_bytes(framework._attached("the benchmark").model), file)
+    return _counting(open_capture, row_bytes(framework._attached("the benchmark").model), file)
 
 
 def _counting(
@@ -164,7 +162,7 @@ def _counting(
     return block
 
 
-def _row_bytes(model: Any) -> int:
+def row_bytes(model: Any) -> int:
     return int(model.config.hidden_size * next(model.parameters()).element_size())
 
 
@@ -190,8 +188,3 @@ def _file(sink: str) -> str | None:
 
 def _sink(setup: Setup, sink: str) -> str:
     return f"{setup.codec} file" if sink == "file" else "null sink"
-
-
-def unused(model: nn.Module) -> None:
-    """Let a variant's compiled code go."""
-    model.__dict__.pop("_compiled_call_impl", None)
