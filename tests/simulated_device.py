@@ -1,0 +1,115 @@
+"""A device with streams and events that does nothing until it is told to, or waited for."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+DEVICE = torch.device("cuda:0")
+
+
+class Memory:
+    """Device memory that an allocator hands out again, with other content, as soon as nobody holds it."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.data = torch.zeros(num_bytes, dtype=torch.uint8)
+
+
+class Value:
+    """A tensor on the simulated device; owns its memory, or looks at that of a CUDA graph."""
+
+    def __init__(self, device: Device, memory: Memory, owns: bool) -> None:
+        self.device, self.dtype = DEVICE, torch.uint8
+        self.memory = memory
+        self.nbytes = len(memory.data)
+        self.shape = torch.Size([self.nbytes])
+        self._owns = owns
+        self._simulated = device
+
+    def numel(self) -> int:
+        return self.nbytes
+
+    def __del__(self) -> None:
+        if self._owns:
+            # The allocator orders reuse behind the stream that runs the model, not behind the copies.
+            data = self.memory.data
+            self._simulated.compute.append(lambda: data.fill_(0xEE))
+
+
+class Event:
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.reached = False
+
+    def reach(self) -> None:
+        self.reached = True
+
+    def synchronize(self) -> None:
+        self._device.run_until(lambda: self.reached)
+
+
+class Wait:
+    def __init__(self, event: Event) -> None:
+        self.event = event
+
+
+class Device:
+    """The engine of a transfer, and the two streams behind it."""
+
+    def __init__(self) -> None:
+        self.compute: deque[Callable[[], object] | Wait] = deque()
+        self.copies: deque[Callable[[], object] | Wait] = deque()
+        self.allocated: list[int] = []
+        self._last_copy: Event | None = None
+
+    # -- what the transfer asks of it
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        self.allocated.append(num_bytes)
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+
+    def mark(self, device: torch.device) -> Event:
+        event = Event(self)
+        self.compute.append(event.reach)
+        return event
+
+    def copy(self, host: torch.Tensor, value: Value, after: Event) -> Event:
+        source, event = value.memory.data, Event(self)
+        self.copies.append(Wait(after))
+        self.copies.append(lambda: host.copy_(source))
+        self.copies.append(event.reach)
+        self._last_copy = event
+        return event
+
+    def keep(self, value: Value) -> Value:
+        kept = Value(self, Memory(value.nbytes), owns=True)
+        source, target = value.memory.data, kept.memory.data
+        self.compute.append(lambda: target.copy_(source))
+        return kept
+
+    def hold(self, device: torch.device) -> None:
+        if self._last_copy is not None:
+            self.compute.append(Wait(self._last_copy))
+
+    # -- what the test makes of it
+
+    def advance(self, stream: deque[Callable[[], object] | Wait]) -> bool:
+        """Do the next thing on a stream; False if it is idle or waits for the other one."""
+        if not stream:
+            return False
+        operation = stream[0]
+        if isinstance(operation, Wait):
+            if not operation.event.reached:
+                return False
+            stream.popleft()
+        else:
+            stream.popleft()
+            operation()
+        return True
+
+    def run_until(self, done: Callable[[], bool]) -> None:
+        while not done():
+            progressed = self.advance(self.copies) or self.advance(self.compute)
+            assert progressed or done(), "the device's streams wait for each other"

@@ -1,0 +1,251 @@
+"""The pinned ring between device and host, on a simulated device."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from simulated_device import DEVICE, Device, Memory, Value
+
+from fx_instrument.capture.pinned import Landing, PinnedTransfer
+from fx_instrument.capture.ring import ALIGNMENT, Ring, Span
+from fx_instrument.errors import BufferTooSmallError
+
+CAPACITY = 16 * ALIGNMENT
+
+
+@given(st.lists(st.tuples(st.integers(0, 400), st.randoms(use_true_random=False)), max_size=60))
+def test_spans_in_use_never_overlap(asked: list[tuple[int, random.Random]]) -> None:
+    """Whatever the order of taking and releasing; and an empty ring takes anything up to its capacity."""
+    ring = Ring(CAPACITY)
+    used: list[Span] = []
+    for num_bytes, chance in asked:
+        while used and chance.random() < 0.4:
+            ring.release(used.pop(chance.randrange(len(used))))
+        span = ring.take(num_bytes)
+        if span is None:
+            assert used, "an empty ring has room"
+            continue
+        assert span.start >= 0 and span.start + num_bytes <= CAPACITY and span.start % ALIGNMENT == 0
+        for other in used:
+            assert span.start >= other.end or span.end <= other.start
+        used.append(span)
+        assert sum(s.num_bytes for s in used) <= ring.held_bytes <= ring.peak_bytes <= CAPACITY
+    for span in used:
+        ring.release(span)
+    assert ring.held_bytes == 0
+    assert ring.take(CAPACITY) is not None and ring.take(0) is None
+
+
+class Interleavings(RuleBasedStateMachine):
+    """Graph runs, copies, arrivals and released records in any order: each record has its own run's bytes."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.device = Device()
+        self.transfer = PinnedTransfer(CAPACITY, self.device)
+        self.static = [Memory(n) for n in (40, 300, 700)]  # what a CUDA graph writes at each replay
+        self.runs = 0
+        self.queue: deque[tuple[Landing, list[torch.Tensor]]] = deque()
+        self.draining: tuple[Iterator[tuple[torch.Tensor, Callable[[], None]]], list[torch.Tensor]] | None = (
+            None
+        )
+        self.held: list[tuple[torch.Tensor, torch.Tensor, Callable[[], None]]] = []
+        self.started = self.stored = 0
+
+    @rule(replays=st.booleans(), sizes=st.lists(st.integers(0, CAPACITY), min_size=1, max_size=5))
+    def run_graph(self, replays: bool, sizes: list[int]) -> None:
+        self.runs += 1
+        memories = self.static if replays else [Memory(size) for size in sizes]
+        admitted = self.transfer.admit(DEVICE, replays=replays, wait=False)
+        assert admitted or len(self.transfer._waiting) > 1
+        values = [Value(self.device, memory, owns=not replays) for memory in memories]
+        expected = []
+        for number, memory in enumerate(memories):
+            content = (torch.arange(len(memory.data)) * 7 + self.runs * 31 + number).to(torch.uint8)
+            self.device.compute.append(lambda data=memory.data, content=content: data.copy_(content))
+            expected.append(content)
+        if not admitted:
+            return  # dropped
+        with self.transfer.order:
+            self.queue.append((self.transfer.start(values, replays=replays), expected))
+        self.started += len(values)
+
+    @rule(times=st.integers(1, 6))
+    def compute(self, times: int) -> None:
+        for _ in range(times):
+            self.device.advance(self.device.compute)
+
+    @rule(times=st.integers(1, 6))
+    def copy(self, times: int) -> None:
+        for _ in range(times):
+            self.device.advance(self.device.copies)
+
+    @precondition(lambda self: self.draining or self.queue)
+    @rule()
+    def arrive(self) -> None:
+        if self.draining is None:
+            landing, expected = self.queue.popleft()
+            self.draining = landing.arrivals(self.store_everything), expected
+        arrivals, expected = self.draining
+        found = next(arrivals, None)
+        if found is None:
+            assert not expected
+            self.draining = None
+            return
+        self.held.append((found[0], expected.pop(0), found[1]))
+
+    @precondition(lambda self: self.held)
+    @rule(chance=st.randoms(use_true_random=False))
+    def store(self, chance: random.Random) -> None:
+        self.store_record(chance.randrange(len(self.held)))
+
+    def store_record(self, index: int) -> None:
+        """The writer reads a record as late as it gives it back."""
+        data, expected, release = self.held.pop(index)
+        equal = torch.equal(data, expected)
+        release()
+        self.stored += 1
+        assert equal
+
+    def store_everything(self) -> None:
+        while self.held:
+            self.store_record(0)
+
+    @invariant()
+    def is_bounded(self) -> None:
+        assert self.device.allocated in ([], [CAPACITY])
+        # One run whose values wait for room, and one that was admitted before it had to.
+        assert len(self.transfer._waiting) <= 2
+        assert self.transfer.ring.peak_bytes <= CAPACITY
+
+    def teardown(self) -> None:
+        while self.draining or self.queue:
+            self.arrive()
+        self.store_everything()
+        assert self.stored == self.started
+        assert self.transfer.ring.held_bytes == 0 and not self.transfer._waiting
+
+
+TestInterleavings = Interleavings.TestCase
+TestInterleavings.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def values_of(device: Device, contents: list[torch.Tensor]) -> list[Value]:
+    values = []
+    for content in contents:
+        memory = Memory(len(content))
+        device.compute.append(lambda data=memory.data, content=content: data.copy_(content))
+        values.append(Value(device, memory, owns=True))
+    return values
+
+
+def test_a_run_larger_than_the_ring_flows_through_it() -> None:
+    """Ten rings' worth of values of one graph run arrive whole and in order, in one allocation."""
+    device = Device()
+    transfer = PinnedTransfer(CAPACITY, device)
+    contents = [torch.full((CAPACITY // 4,), number, dtype=torch.uint8) for number in range(40)]
+    with transfer.order:
+        landing = transfer.start(values_of(device, contents))
+    assert landing.num_started == 4
+    held: list[tuple[torch.Tensor, Callable[[], None]]] = []
+    seen = []
+
+    def make_room() -> None:
+        for data, release in held:
+            seen.append(int(data.unique()))
+            release()
+        held.clear()
+
+    for data, release in landing.arrivals(make_room):
+        held.append((data, release))
+    make_room()
+    assert seen == list(range(40))
+    assert device.allocated == [CAPACITY] and transfer.ring.held_bytes == 0
+
+
+def test_a_value_larger_than_the_ring_is_refused() -> None:
+    """Before anything of its run is begun, with both sizes."""
+    device = Device()
+    transfer = PinnedTransfer(CAPACITY, device)
+    sizes = [64, CAPACITY + 1]
+    with (
+        transfer.order,
+        pytest.raises(BufferTooSmallError, match=rf"{CAPACITY + 1} bytes .* {CAPACITY} bytes"),
+    ):
+        transfer.start(values_of(device, [torch.zeros(size, dtype=torch.uint8) for size in sizes]))
+    assert not device.copies and transfer.ring.held_bytes == 0
+
+
+def test_a_replay_waits_on_the_device_only() -> None:
+    """The host goes on at once; the stream that runs the model is held until the copies are through."""
+    device = Device()
+    transfer = PinnedTransfer(CAPACITY, device)
+    with transfer.order:
+        landing = transfer.start(values_of(device, [torch.ones(64, dtype=torch.uint8)]))
+    assert transfer.admit(DEVICE, replays=True, wait=True)
+    ran = []
+    device.compute.append(lambda: ran.append(len(device.copies)))
+    while device.advance(device.compute):
+        pass
+    assert not ran
+    device.run_until(lambda: bool(ran))
+    assert ran == [0]
+    landing.abandon()
+    assert transfer.ring.held_bytes == 0
+
+
+def test_a_backlog_holds_up_the_host_until_its_values_are_under_way() -> None:
+    """ "stall": with two runs waiting for room the next one waits until the older is under way; "drop": it is told."""
+    device = Device()
+    transfer = PinnedTransfer(CAPACITY, device)
+    contents = [torch.full((CAPACITY // 2,), number, dtype=torch.uint8) for number in range(6)]
+    with transfer.order:
+        landings = [
+            transfer.start(values_of(device, contents[:3])),
+            transfer.start(values_of(device, contents[3:])),
+        ]
+    assert not transfer.admit(DEVICE, replays=False, wait=False)
+    admitted = threading.Event()
+    thread = threading.Thread(
+        target=lambda: transfer.admit(DEVICE, replays=False, wait=True) and admitted.set(), daemon=True
+    )
+    thread.start()
+    taken = []
+    for landing in landings:
+        for data, release in landing.arrivals(lambda: None):
+            assert taken or not admitted.is_set()
+            taken.append(int(data[0]))
+            release()
+    thread.join(60)
+    assert admitted.is_set() and taken == list(range(6)) and transfer.stalled_ns > 0
+
+
+def test_after_a_failure_nothing_waits() -> None:
+    """A stalled model's thread and the drain thread are let go; spans come back once their copies are done."""
+    device = Device()
+    transfer = PinnedTransfer(CAPACITY, device)
+    with transfer.order:
+        landing, other = (
+            transfer.start(values_of(device, [torch.ones(CAPACITY, dtype=torch.uint8)] * 3)) for _ in range(2)
+        )
+    answers = []
+    thread = threading.Thread(
+        target=lambda: answers.append(transfer.admit(DEVICE, replays=True, wait=True)), daemon=True
+    )
+    thread.start()
+    arrivals = landing.arrivals(transfer.shut)
+    next(arrivals)[1]()
+    assert next(arrivals)[1] is not None
+    assert next(arrivals, None) is None
+    other.abandon()
+    thread.join(60)
+    assert answers == [False]
+    assert not transfer._waiting and not landing.values
