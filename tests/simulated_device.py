@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable
 
@@ -13,29 +14,28 @@ DEVICE = torch.device("cuda:0")
 class Memory:
     """Device memory that an allocator hands out again, with other content, as soon as nobody holds it."""
 
-    def __init__(self, num_bytes: int) -> None:
-        self.data = torch.zeros(num_bytes, dtype=torch.uint8)
+    def __init__(self, *shape: int, dtype: torch.dtype = torch.uint8) -> None:
+        self.data = torch.zeros(shape, dtype=dtype)
 
 
 class Value:
     """A tensor on the simulated device; owns its memory, or looks at that of a CUDA graph."""
 
     def __init__(self, device: Device, memory: Memory, owns: bool) -> None:
-        self.device, self.dtype = DEVICE, torch.uint8
+        self.device, self.dtype = DEVICE, memory.data.dtype
         self.memory = memory
-        self.nbytes = len(memory.data)
-        self.shape = torch.Size([self.nbytes])
+        self.nbytes, self.shape = memory.data.nbytes, memory.data.shape
         self._owns = owns
         self._simulated = device
 
     def numel(self) -> int:
-        return self.nbytes
+        return self.shape.numel()
 
     def __del__(self) -> None:
         if self._owns:
             # The allocator orders reuse behind the stream that runs the model, not behind the copies.
             data = self.memory.data
-            self._simulated.compute.append(lambda: data.fill_(0xEE))
+            self._simulated.compute.append(lambda: data.fill_(0x6E))
 
 
 class Event:
@@ -63,6 +63,7 @@ class Device:
         self.copies: deque[Callable[[], object] | Wait] = deque()
         self.allocated: list[int] = []
         self._last_copy: Event | None = None
+        self._lock = threading.RLock()
 
     # -- what the transfer asks of it
 
@@ -77,14 +78,13 @@ class Device:
 
     def copy(self, host: torch.Tensor, value: Value, after: Event) -> Event:
         source, event = value.memory.data, Event(self)
-        self.copies.append(Wait(after))
-        self.copies.append(lambda: host.copy_(source))
-        self.copies.append(event.reach)
-        self._last_copy = event
+        with self._lock:
+            self.copies.extend([Wait(after), lambda: host.copy_(source), event.reach])
+            self._last_copy = event
         return event
 
     def keep(self, value: Value) -> Value:
-        kept = Value(self, Memory(value.nbytes), owns=True)
+        kept = Value(self, Memory(*value.shape, dtype=value.dtype), owns=True)
         source, target = value.memory.data, kept.memory.data
         self.compute.append(lambda: target.copy_(source))
         return kept
@@ -97,6 +97,10 @@ class Device:
 
     def advance(self, stream: deque[Callable[[], object] | Wait]) -> bool:
         """Do the next thing on a stream; False if it is idle or waits for the other one."""
+        with self._lock:
+            return self._advance(stream)
+
+    def _advance(self, stream: deque[Callable[[], object] | Wait]) -> bool:
         if not stream:
             return False
         operation = stream[0]
@@ -111,5 +115,6 @@ class Device:
 
     def run_until(self, done: Callable[[], bool]) -> None:
         while not done():
-            progressed = self.advance(self.copies) or self.advance(self.compute)
-            assert progressed or done(), "the device's streams wait for each other"
+            with self._lock:
+                progressed = self.advance(self.copies) or self.advance(self.compute)
+                assert progressed or done(), "the device's streams wait for each other"

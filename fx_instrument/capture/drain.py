@@ -12,8 +12,9 @@ import numpy.typing as npt
 import torch
 
 from .budget import HostBudget
-from .handover import Delivery, Handover
+from .handover import Cut, Delivery, Handover
 from .packing import Packer
+from .pinned import Room
 from .transfer import host_bytes
 
 # What a queued record holds beside its bytes: a tensor, its storage, a numpy view and the row (measured: ~1 KiB).
@@ -51,6 +52,7 @@ class Drain:
         make_record: builds the writer's record from keywords (site_id, step, call, dtype, shape, full_shape).
         site_ids: the writer's id of each site, by name.
         budget: gets the bytes of a value back once it is stored.
+        shut: called at the first failure: nothing that waits for room may go on waiting.
         packed_bytes: the most that small values may take while they are packed.
         dropped: told the names of records that are thrown away after a failure.
         tick: called a few times a second.
@@ -63,6 +65,7 @@ class Drain:
         site_ids: Mapping[str, int],
         budget: HostBudget,
         *,
+        shut: Callable[[], None],
         packed_bytes: int,
         dropped: Callable[[Sequence[str]], None],
         tick: Callable[[], None] | None,
@@ -77,6 +80,7 @@ class Drain:
         self._input_ids: dict[str, int] = {}
         self._budget = budget
         self._packer = Packer(writer.layout, packed_bytes)
+        self._shut = shut
         self._dropped = dropped
         self._tick = tick
         self._thread = threading.Thread(target=self._run, name="fx_instrument-drain", daemon=True)
@@ -117,49 +121,118 @@ class Drain:
         self._writer.seal(older_than_s=0.0 if self._budget.num_waiting else SEAL_AFTER_S)
 
     def _write(self, delivery: Delivery) -> None:
-        values = delivery.landing.wait()
         if self.failure is not None:
-            self._budget.release(delivery.num_bytes)
-            self._dropped([] if delivery.is_input else delivery.names)
+            self._throw_away(delivery)
             return
         if delivery.is_input:
             site_ids = [self._input_id(name) for name in delivery.names]
-            self._put_each(delivery, site_ids, values)
+        else:
+            site_ids = [self._site_ids[name] for name in delivery.names]
+        landing = delivery.landing
+        if landing is None:
+            self._put(delivery, None, site_ids, delivery.values, delivery.num_bytes, None)
             return
-        site_ids = [self._site_ids[name] for name in delivery.names]
+        cuts = delivery.cuts
+        left = delivery.num_bytes
+        done = 0
+        for index, (value, room) in enumerate(landing.arrivals(self._make_room)):
+            if cuts is None:
+                which: Sequence[int] = [index]
+                values = [value]
+            else:
+                which = [number for number, cut in enumerate(cuts) if cut.pack == index]
+                values = [_cut_out(value, cuts[number]) for number in which]
+            counted = len(which) * RECORD_OVERHEAD_BYTES + (value.nbytes if room is None else 0)
+            left -= counted
+            done += len(which)
+            self._put(delivery, which, site_ids, values, counted, room)
+        if left:
+            self._budget.release(left)
+        if done < len(site_ids):
+            # Shut in the middle: what would have made room has failed.
+            self._dropped([] if delivery.is_input else delivery.names[done:])
+
+    def _put(
+        self,
+        delivery: Delivery,
+        which: Sequence[int] | None,
+        site_ids: Sequence[int],
+        values: list[torch.Tensor],
+        counted: int,
+        room: Room | None,
+    ) -> None:
+        """Bring some records of a delivery to the writer.
+
+        Args:
+            which: their places in the delivery; None for all of it.
+            counted: bytes that the budget counts for them.
+            room: of their values, if that is not the budget's.
+        """
         num_values, num_bytes = len(values), sum(value.nbytes for value in values)
-        packed = self._packer.pack(site_ids, delivery.calls, values, delivery.full_shapes, num_bytes)
+        calls, full_shapes = delivery.calls, delivery.full_shapes
+        if which is not None:
+            site_ids = [site_ids[index] for index in which]
+            calls = [calls[index] for index in which]
+            full_shapes = full_shapes and [full_shapes[index] for index in which]
+        packed = None
+        if not delivery.is_input:
+            packed = self._packer.pack(site_ids, calls, values, full_shapes, num_bytes)
         if packed is not None:
             # What remains is one object for all.
             values.clear()
-            kept = num_bytes + RECORD_OVERHEAD_BYTES
-            self._budget.release(delivery.num_bytes - kept)
+            kept = counted
+            if room is None:
+                kept = num_bytes + RECORD_OVERHEAD_BYTES
+                self._budget.release(counted - kept)
+            else:
+                room()
             self._writer.put_packed(packed[0], delivery.step, packed[1], _Release(self._budget, kept))
         else:
-            self._put_each(delivery, site_ids, values)
-        self.records += num_values
-        self.raw_bytes += num_bytes
+            self._put_each(delivery.step, site_ids, calls, full_shapes, values, counted, room)
+        if not delivery.is_input:
+            self.records += num_values
+            self.raw_bytes += num_bytes
 
-    def _put_each(self, delivery: Delivery, site_ids: Sequence[int], values: list[torch.Tensor]) -> None:
-        left = delivery.num_bytes
-        full_shapes = delivery.full_shapes
+    def _put_each(
+        self,
+        step: int,
+        site_ids: Sequence[int],
+        calls: Sequence[int],
+        full_shapes: Sequence[tuple[int, ...]] | None,
+        values: list[torch.Tensor],
+        counted: int,
+        room: Room | None,
+    ) -> None:
+        if room is not None and len(values) > 1:
+            room.split(len(values))
         values.reverse()
         for index in range(len(values)):
             # Not held here any longer: a value that is not contiguous is copied, and goes then.
             value = values.pop()
-            share = value.nbytes + RECORD_OVERHEAD_BYTES
-            left -= share
+            share = RECORD_OVERHEAD_BYTES + (value.nbytes if room is None else 0)
+            counted -= share
             record = self._make_record(
                 site_id=site_ids[index],
-                step=delivery.step,
-                call=delivery.calls[index],
+                step=step,
+                call=calls[index],
                 dtype=str(value.dtype).removeprefix("torch."),
                 shape=tuple(value.shape),
                 full_shape=full_shapes[index] if full_shapes is not None else None,
             )
-            self._writer.put(record, host_bytes(value), _Release(self._budget, share))
-        if left:
-            self._budget.release(left)
+            self._writer.put(record, host_bytes(value), _Release(self._budget, share, room))
+        if counted:
+            self._budget.release(counted)
+
+    def _throw_away(self, delivery: Delivery) -> None:
+        if delivery.landing is not None:
+            delivery.landing.abandon()
+        delivery.values.clear()
+        self._budget.release(delivery.num_bytes)
+        self._dropped([] if delivery.is_input else delivery.names)
+
+    def _make_room(self) -> None:
+        # What fills the ring may lie in pages that are not full yet.
+        self._writer.seal()
 
     def _input_id(self, name: str) -> int:
         if name not in self._input_ids:
@@ -169,17 +242,24 @@ class Drain:
     def _fail(self, failure: BaseException) -> None:
         if self.failure is None:
             self.failure = failure
-        self._budget.shut()
+        self._shut()
+
+
+def _cut_out(value: torch.Tensor, cut: Cut) -> torch.Tensor:
+    return value[cut.start : cut.start + cut.numel].view(cut.shape)
 
 
 class _Release:
     """Gives a record's bytes back once; cheaper to make than a closure."""
 
-    __slots__ = ("_budget", "_num_bytes")
+    __slots__ = ("_budget", "_num_bytes", "_room")
 
-    def __init__(self, budget: HostBudget, num_bytes: int) -> None:
+    def __init__(self, budget: HostBudget, num_bytes: int, room: Room | None = None) -> None:
         self._budget = budget
         self._num_bytes = num_bytes
+        self._room = room
 
     def __call__(self) -> None:
+        if self._room is not None:
+            self._room()
         self._budget.release(self._num_bytes)

@@ -7,7 +7,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .transfer import Landing
+import torch
+
+from .pinned import Landing
 
 _WAKE_BYTES = 1 << 20
 """So much waits at most for the drain thread's next tick: a quarter of the page that it goes into anyway."""
@@ -20,10 +22,25 @@ class Delivery:
     step: int
     names: Sequence[str]
     calls: Sequence[int]
-    landing: Landing
+    values: list[torch.Tensor]
+    """On the host; empty where ``landing`` brings them."""
     full_shapes: Sequence[tuple[int, ...]] | None
     num_bytes: int
+    """Counted in for them: their bytes where they are on the host, and their bookkeeping."""
     is_input: bool = False
+    landing: Landing | None = None
+    cuts: Sequence[Cut] | None = None
+    """Where each record lies in the values, if these are packs of several."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One record inside a pack: ``numel`` elements from ``start`` of the flat value ``pack``."""
+
+    pack: int
+    start: int
+    numel: int
+    shape: tuple[int, ...]
 
 
 class Handover:
@@ -42,10 +59,15 @@ class Handover:
 
     def put(self, delivery: Delivery) -> None:
         self._deliveries.append(delivery)
+        landing = delivery.landing
         # Not locked: where threads race, the drain thread comes one tick later.
-        self._waiting_bytes += delivery.num_bytes
-        if self._waiting_bytes >= _WAKE_BYTES:
+        self._waiting_bytes += delivery.num_bytes + (landing.num_bytes if landing is not None else 0)
+        if self._waiting_bytes >= _WAKE_BYTES or (landing is not None and not landing.is_started):
             self._wake.set()
+
+    def wake(self) -> None:
+        """Have the drain thread look now: someone waits for what it takes."""
+        self._wake.set()
 
     def seal(self) -> None:
         """Have pages that are not full yet stored at once: the buffer is full, and they may be what fills it."""

@@ -19,15 +19,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from ..errors import BufferTooSmallError
 from .ring import Ring, Span
-
-U8 = npt.NDArray[np.uint8]
-Release = Callable[[], None]
 
 _MAX_WAITING = 1
 """Graph runs with values that still wait for room when the next one begins: with it, device memory holds two."""
@@ -123,7 +118,7 @@ class PinnedTransfer:
             landing.marks = self._mark(values)
             if not self._waiting:
                 self._copy_what_fits(landing)
-            if landing.num_started < len(values):
+            if not landing.is_started:
                 if replays:
                     landing.values[landing.num_started :] = [
                         value if value.device.type == "cpu" else self._engine.keep(value)
@@ -153,7 +148,7 @@ class PinnedTransfer:
             while self._waiting:
                 landing = self._waiting[0]
                 self._copy_what_fits(landing)
-                if landing.num_started < landing.num_values:
+                if not landing.is_started:
                     return
                 self._waiting.popleft()
                 self._changed.notify_all()
@@ -189,12 +184,13 @@ class PinnedTransfer:
 class Landing:
     """The values of one graph run on their way to the host; holds them on the device until they are there."""
 
-    __slots__ = ("_transfer", "marks", "num_values", "pieces", "values")
+    __slots__ = ("_transfer", "marks", "num_bytes", "num_values", "pieces", "values")
 
     def __init__(self, transfer: PinnedTransfer, values: Sequence[torch.Tensor]) -> None:
         self._transfer = transfer
         self.values = list(values)
         self.num_values = len(values)
+        self.num_bytes = sum(value.nbytes for value in values)
         self.marks: dict[torch.device, Event] = {}
         self.pieces: list[tuple[Span | None, Event | None]] = []
 
@@ -202,8 +198,13 @@ class Landing:
     def num_started(self) -> int:
         return len(self.pieces)
 
-    def arrivals(self, make_room: Callable[[], None]) -> Iterator[tuple[torch.Tensor, Release | None]]:
-        """Each value's bytes (1-D uint8) in order once they are there, and what gives their room back.
+    @property
+    def is_started(self) -> bool:
+        """Whether every value has its place in the ring."""
+        return len(self.pieces) == self.num_values
+
+    def arrivals(self, make_room: Callable[[], None]) -> Iterator[tuple[torch.Tensor, Room | None]]:
+        """Each value in order, in host memory, once it is there, and what gives its room back.
 
         Of a value that was on the host all along: the value itself, and None. Ends early if the transfer is shut.
 
@@ -225,10 +226,13 @@ class Landing:
                     continue
                 if event is not None:
                     event.synchronize()
+                value = self.values[index]
+                host = transfer.view(span).view(value.dtype).view(value.shape)
                 # The copy is done: the device's memory may be used again.
                 self.values[index] = _GONE
                 self.pieces[index] = (None, None)
-                yield transfer.view(span), _Releaser(transfer.ring, span)
+                del value
+                yield host, Room(transfer.ring, span)
         finally:
             self.abandon()
 
@@ -244,12 +248,18 @@ class Landing:
         self.values = []
 
 
-class _Releaser:
+class Room:
+    """A value's place in the ring; call it to give the place back."""
+
     __slots__ = ("_ring", "_span")
 
     def __init__(self, ring: Ring, span: Span) -> None:
         self._ring = ring
         self._span = span
+
+    def split(self, count: int) -> None:
+        """Expect ``count`` calls, before the first: one for each record in the value."""
+        self._span.users = count
 
     def __call__(self) -> None:
         self._ring.release(self._span)

@@ -17,7 +17,8 @@ class Span:
     start: int
     num_bytes: int
     end: int
-    free: bool = False
+    users: int = 1
+    """How many have still to release it."""
 
 
 class Ring:
@@ -66,11 +67,11 @@ class Ring:
             return self._open
 
     def release(self, span: Span) -> None:
-        """Take a span back; each exactly once."""
+        """Take a span back from one of its users; each does so exactly once."""
         with self._changed:
-            assert not span.free, "a span was released twice"
-            span.free = True
-            while self._spans and self._spans[0].free:
+            assert span.users > 0, "a span was released twice"
+            span.users -= 1
+            while self._spans and not self._spans[0].users:
                 self._spans.popleft()
             if not self._spans:
                 self._head = 0

@@ -15,13 +15,17 @@ import torch
 from ..errors import BufferTooSmallError, CaptureFailedError
 from ..sampling import num_samples, positions
 from .budget import HostBudget
+from .cuda import CudaEngine
 from .drain import RECORD_OVERHEAD_BYTES, Drain, Writer
-from .handover import Delivery
+from .handover import Cut, Delivery
+from .pinned import CopyEngine, Landing
 from .report import CaptureReport
-from .transfer import Transfer
+from .transfer import Transfer, device_of
 
 _PACKING_FROM_BYTES = 1 << 20
 """A buffer below this packs nothing: a sixteenth of it would take no graph run."""
+_PINNED_SHARE = 7 / 8
+"""Of the buffer, once values come from a device: the rest counts the bookkeeping of records, and inputs."""
 
 
 class SiteLike(Protocol):
@@ -46,6 +50,8 @@ class _Step(threading.local):
 class _Ticket:
     num_bytes: int
     dropped: bool
+    device: torch.device | None = None
+    replays: bool = False
 
 
 class Session:
@@ -62,6 +68,7 @@ class Session:
         progress: show a line on standard error.
         patience: asked whenever a call would wait for room, on its thread: how many seconds it may. What is
             larger than the bound is dropped then, too. None waits until there is room, and refuses what is larger.
+        make_engine: the device's side of transfers.
     """
 
     def __init__(
@@ -76,6 +83,7 @@ class Session:
         target_gbps: float,
         progress: bool,
         patience: Callable[[], float] | None = None,
+        make_engine: Callable[[], CopyEngine] = CudaEngine,
     ) -> None:
         self._writer = writer
         self._max_memory_bytes = max_memory_bytes
@@ -90,12 +98,13 @@ class Session:
         self._budget = HostBudget(room - packed_bytes)
         self._own_bytes = writer.memory_bytes + packed_bytes
         self._largest_run_bytes = 0
-        self._transfer = Transfer()
+        self._transfer = Transfer(make_engine, self._claim_pinned)
         self._drain = Drain(
             writer,
             make_record,
             {site.name: writer.add_site(site.name, site.role) for site in sites},
             self._budget,
+            shut=self._shut,
             packed_bytes=packed_bytes,
             dropped=self._count_dropped,
             tick=self._tick if progress else None,
@@ -135,7 +144,14 @@ class Session:
         step.number = None
         step.calls = {}
 
-    def reserve(self, sites: Sequence[SiteLike], num_bytes: int) -> _Ticket:
+    def reserve(
+        self,
+        sites: Sequence[SiteLike],
+        num_bytes: int,
+        *,
+        device: torch.device | None = None,
+        replays: bool = False,
+    ) -> _Ticket:
         total = num_bytes + len(sites) * RECORD_OVERHEAD_BYTES
         needed = 2 * total if self._drop else total
         if needed > self._budget.limit_bytes and self._patience is None:
@@ -146,9 +162,10 @@ class Session:
                 f"leaves the buffer {self._budget.limit_bytes} bytes; raise max_memory_gb, or capture fewer sites "
                 f"or samples"
             )
-        self._transfer.before_graph()
         if self._closed:
             return _Ticket(0, dropped=True)
+        if device is not None:
+            return self._reserve_on(device, replays, total)
         if not self._drop or needed > self._budget.limit_bytes:
             granted = self._acquire(total)
             return _Ticket(total if granted else 0, dropped=not granted)
@@ -160,6 +177,18 @@ class Session:
             return _Ticket(total, dropped=False)
         return _Ticket(total if self._budget.acquire(total, wait=True) else 0, dropped=True)
 
+    def _reserve_on(self, device: torch.device, replays: bool, total: int) -> _Ticket:
+        """Room for what a graph leaves on ``device``: in the budget for ``total`` bytes, in the ring piece by piece."""
+        admitted = self._transfer.admit(device, replays=replays, wait=False)
+        if not admitted:
+            self._handover.wake()
+            if not self._drop:
+                timeout_s = self._patience() if self._patience is not None else None
+                admitted = self._transfer.admit(device, replays=replays, wait=True, timeout_s=timeout_s)
+        if not admitted or not self._acquire(total):
+            return _Ticket(0, dropped=True)
+        return _Ticket(total, dropped=False, device=device, replays=replays)
+
     def cancel(self, ticket: _Ticket) -> None:
         if ticket.num_bytes:
             self._budget.release(ticket.num_bytes)
@@ -170,6 +199,7 @@ class Session:
         sites: Sequence[SiteLike],
         values: Sequence[torch.Tensor],
         full_shapes: Sequence[tuple[int, ...]] | None,
+        cuts: Sequence[Cut] | None = None,
     ) -> None:
         step = self._step
         if step.number is None:
@@ -186,8 +216,24 @@ class Session:
             step.calls[name] = call + 1
             calls.append(call)
         if not ticket.dropped:
-            landing = self._transfer.start(values)
-            self._handover.put(Delivery(step.number, names, calls, landing, full_shapes, ticket.num_bytes))
+            self._hand_over(
+                ticket,
+                Delivery(step.number, names, calls, list(values), full_shapes, ticket.num_bytes, cuts=cuts),
+            )
+
+    def _hand_over(self, ticket: _Ticket, delivery: Delivery) -> None:
+        """Start the values of ``delivery`` on their way and tell the drain thread."""
+        try:
+            with self._transfer.in_order(ticket.device):
+                started = self._transfer.start(delivery.values, replays=ticket.replays)
+                if isinstance(started, Landing):
+                    delivery.landing, delivery.values = started, []
+                else:
+                    delivery.values = started
+                self._handover.put(delivery)
+        except BaseException:
+            self.cancel(ticket)
+            raise
 
     def record_eager(self, site: SiteLike, value: torch.Tensor) -> None:
         full_shape = tuple(value.shape)
@@ -195,12 +241,12 @@ class Session:
         if self._sampling is not None:
             rate, seed = self._sampling
             count = num_samples(value.numel(), rate)
-            ticket = self.reserve((site,), count * value.element_size())
+            ticket = self._reserve_for((site,), value, count * value.element_size())
             if not ticket.dropped and value.numel():
                 where = torch.from_numpy(positions(value.numel(), rate, seed)).to(value.device)
                 kept = kept.flatten().index_select(0, where)
         else:
-            ticket = self.reserve((site,), value.nbytes)
+            ticket = self._reserve_for((site,), value, value.nbytes)
             if not ticket.dropped:
                 # What runs next may change the value in place.
                 kept = kept.clone(memory_format=torch.contiguous_format)
@@ -208,6 +254,10 @@ class Session:
             with self._lock:
                 self._eager_records += 1
         self.deliver(ticket, (site,), (kept,), (full_shape,) if self._sampling is not None else None)
+
+    def _reserve_for(self, sites: Sequence[SiteLike], value: torch.Tensor, num_bytes: int) -> _Ticket:
+        device = device_of([value])
+        return self.reserve(sites, 0 if device is not None else num_bytes, device=device)
 
     def _acquire(self, num_bytes: int, leave_bytes: int = 0) -> bool:
         if self._budget.acquire(num_bytes, wait=False, leave_bytes=leave_bytes):
@@ -227,27 +277,45 @@ class Session:
     def _record_inputs(self, inputs: Mapping[str, torch.Tensor]) -> None:
         number = self._step.number
         assert number is not None
-        total = sum(value.nbytes + RECORD_OVERHEAD_BYTES for value in inputs.values())
+        device = device_of(list(inputs.values()))
+        total = sum(
+            (value.nbytes if value.device != device else 0) + RECORD_OVERHEAD_BYTES
+            for value in inputs.values()
+        )
         if total > self._budget.limit_bytes and not self._drop and self._patience is None:
             raise BufferTooSmallError(
                 f"the integer inputs of a step take {total} bytes with their bookkeeping, but "
                 f"max_memory_gb={self._max_memory_bytes / 1e9:g} leaves the buffer {self._budget.limit_bytes} bytes"
             )
-        if not self._acquire(total, leave_bytes=self._largest_run_bytes):
+        if device is not None:
+            ticket = self._reserve_on(device, False, total)
+        else:
+            granted = self._acquire(total, leave_bytes=self._largest_run_bytes)
+            ticket = _Ticket(total if granted else 0, dropped=not granted)
+        if ticket.dropped:
             with self._lock:
                 self._dropped_inputs += 1
             return
         # The caller may change its inputs while the copies are on their way.
         values = [value.detach().clone(memory_format=torch.contiguous_format) for value in inputs.values()]
-        landing = self._transfer.start(values)
-        self._handover.put(
-            Delivery(number, list(inputs), [0] * len(inputs), landing, None, total, is_input=True)
+        self._hand_over(
+            ticket, Delivery(number, list(inputs), [0] * len(inputs), values, None, total, is_input=True)
         )
 
     def _count_dropped(self, names: Sequence[str]) -> None:
         with self._lock:
             for name in names:
                 self._dropped[name] = self._dropped.get(name, 0) + 1
+
+    def _claim_pinned(self) -> int:
+        """Count in the pinned ring, all at once; answers its size."""
+        num_bytes = int(self._budget.limit_bytes * _PINNED_SHARE)
+        self._budget.acquire(num_bytes, wait=True)
+        return num_bytes
+
+    def _shut(self) -> None:
+        self._budget.shut()
+        self._transfer.shut()
 
     # -- the caller ---------------------------------------------------------------------------------------------
 
@@ -275,7 +343,7 @@ class Session:
             stored_bytes=self._writer.stored_bytes,
             dropped_records=sum(dropped.values()),
             dropped_inputs=self._dropped_inputs,
-            stalled_seconds=self._budget.stalled_ns / 1e9,
+            stalled_seconds=(self._budget.stalled_ns + self._transfer.stalled_ns) / 1e9,
             eager_records=self._eager_records,
             achieved_gbps=self._drain.raw_bytes / stored_after / 1e9 if stored_after > 0 else 0.0,
             peak_buffer_bytes=self._budget.peak_bytes + self._own_bytes,
@@ -304,7 +372,7 @@ class Session:
             self._writer.close(self._summary())
         finally:
             self._duration = time.perf_counter() - self._started
-            self._budget.shut()
+            self._shut()
             if self._progress:
                 self._show(end="\n")
         if self._drain.failure is not None:

@@ -1,76 +1,88 @@
-"""Device to host: on CPU a hand-over without a copy; from an accelerator through pinned memory on a copy stream."""
+"""To the host: on CPU a hand-over without a copy, from CUDA through a pinned ring, from elsewhere a plain copy."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from .pinned import CopyEngine, Landing, PinnedTransfer
+
 
 class Transfer:
     """Moves the values of graph runs to the host without holding up the thread that runs the model.
 
-    On CPU the graph's output is memory of its own, so it is taken over as it is. On CUDA the copies go to pinned
-    memory (torch's caching host allocator, so the ``cudaHostAlloc`` of about 3 ms is paid once a size) on one copy
-    stream a device; the sources are held until the event behind them is done, since the allocator may reuse what
-    the graph has dropped. The CUDA path has not been run on a GPU yet.
+    On CPU the graph's output is memory of its own, so it is taken over as it is.
+
+    Args:
+        make_engine: the device's side, made when the first value on a device comes.
+        claim: counts in the pinned memory once it is needed, and answers how many bytes it may have.
     """
 
-    def __init__(self) -> None:
-        self._copy_streams: dict[torch.device, Any] = {}
+    def __init__(self, make_engine: Callable[[], CopyEngine], claim: Callable[[], int]) -> None:
+        self._make_engine = make_engine
+        self._claim = claim
+        self._pinned: PinnedTransfer | None = None
         self._lock = threading.Lock()
+        self._open = True
 
-    def start(self, values: Sequence[torch.Tensor]) -> Landing:
-        """Begin moving ``values``; called on the thread that ran the graph, right after it."""
-        device = next((value.device for value in values if value.device.type != "cpu"), None)
-        if device is None:
-            return Landing(list(values), None, None)
-        if device.type != "cuda":
-            return Landing([value.cpu() for value in values], None, None)
-        copy_stream = self._copy_stream(device)
-        copy_stream.wait_stream(torch.cuda.current_stream(device))
-        host = []
-        with torch.cuda.stream(copy_stream):
-            for value in values:
-                slot = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-                slot.copy_(value, non_blocking=True)
-                host.append(slot)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record(copy_stream)
-        return Landing(host, done, list(values))
+    @property
+    def stalled_ns(self) -> int:
+        """How long graph runs on devices waited for earlier ones' values."""
+        return self._pinned.stalled_ns if self._pinned is not None else 0
 
-    def before_graph(self) -> None:
-        """Make devices, not the host, wait for earlier copies: a CUDA graph's next replay overwrites their sources."""
-        for device, copy_stream in self._copy_streams.items():
-            torch.cuda.current_stream(device).wait_stream(copy_stream)
+    def admit(
+        self, device: torch.device, *, replays: bool, wait: bool, timeout_s: float | None = None
+    ) -> bool:
+        """Before a graph runs on ``device``: as ``PinnedTransfer.admit``."""
+        return self._through_pinned().admit(device, replays=replays, wait=wait, timeout_s=timeout_s)
 
-    def _copy_stream(self, device: torch.device) -> Any:
+    def in_order(self, device: torch.device | None) -> AbstractContextManager[Any]:
+        """Held around ``start`` and the hand-over of what it answers."""
+        return nullcontext() if device is None else self._through_pinned().order
+
+    def start(self, values: Sequence[torch.Tensor], *, replays: bool = False) -> Landing | list[torch.Tensor]:
+        """Begin moving ``values``; called on the thread that ran the graph, right after it.
+
+        Returns:
+            The values themselves where they are on the host already.
+
+        Raises:
+            BufferTooSmallError: as ``PinnedTransfer.start``.
+        """
+        kinds = {value.device.type for value in values}
+        if kinds <= {"cpu"}:
+            return list(values)
+        if "cuda" not in kinds:
+            return [value.cpu() for value in values]
+        return self._through_pinned().start(values, replays=replays)
+
+    def shut(self) -> None:
+        """Let nothing wait any more: what would make room has failed."""
         with self._lock:
-            if device not in self._copy_streams:
-                self._copy_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            return self._copy_streams[device]
+            self._open = False
+            if self._pinned is not None:
+                self._pinned.shut()
+
+    def _through_pinned(self) -> PinnedTransfer:
+        if self._pinned is None:
+            with self._lock:
+                if self._pinned is None:
+                    pinned = PinnedTransfer(self._claim(), self._make_engine())
+                    if not self._open:
+                        pinned.shut()
+                    self._pinned = pinned
+        return self._pinned
 
 
-class Landing:
-    """Values on their way to the host."""
-
-    __slots__ = ("_done", "_host", "_sources")
-
-    def __init__(self, host: list[torch.Tensor], done: Any, sources: list[torch.Tensor] | None) -> None:
-        self._host = host
-        self._done = done
-        self._sources = sources
-
-    def wait(self) -> list[torch.Tensor]:
-        """The values in host memory; the device's memory is let go."""
-        if self._done is not None:
-            self._done.synchronize()
-            self._sources = None
-        return self._host
+def device_of(values: Sequence[torch.Tensor]) -> torch.device | None:
+    """Where a graph's values come from through pinned memory; None where they don't."""
+    return next((value.device for value in values if value.device.type == "cuda"), None)
 
 
 def host_bytes(value: torch.Tensor) -> npt.NDArray[np.uint8]:

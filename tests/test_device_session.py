@@ -1,0 +1,145 @@
+"""From a device's graphs to the file, through the session: on a simulated device, with the real writer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from simulated_device import DEVICE, Device, Memory, Value
+from test_capture import A, B, HeldWriter
+
+from fx_instrument import BufferTooSmallError, open_stream
+from fx_instrument.capture.handover import Cut
+from fx_instrument.capture.session import Session
+from fx_instrument.stream.records import RecordMeta
+from fx_instrument.stream.writer import StreamWriter
+
+LIMIT = 8_000_000
+SHAPE = (3, 100_000)
+
+
+def session(writer: Any, device: Device, limit: int = LIMIT, drop: bool = False) -> Session:
+    return Session(
+        writer,
+        RecordMeta,
+        [A, B],
+        max_memory_bytes=limit,
+        drop=drop,
+        sampling=None,
+        target_gbps=1.0,
+        progress=False,
+        make_engine=lambda: device,
+    )
+
+
+def content(step: int, site: int, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
+    numel = torch.Size(shape).numel()
+    return (torch.arange(numel) % 251 + step * 1000 + site * 7).to(torch.float32).view(shape)
+
+
+def run_graph(
+    capture: Session,
+    device: Device,
+    memories: list[Memory],
+    contents: list[torch.Tensor],
+    *,
+    replays: bool,
+    cuts: list[Cut] | None = None,
+) -> None:
+    """A step: the host asks, lets the device compute, and hands the outputs on, as the graph's wrapper does."""
+    capture.begin_step({})
+    ticket = capture.reserve([A, B], 0, device=DEVICE, replays=replays)
+    for memory, value in zip(memories, contents, strict=True):
+        device.compute.append(lambda data=memory.data, value=value: data.copy_(value))
+    values: Any = [Value(device, memory, owns=not replays) for memory in memories]
+    capture.deliver(ticket, [A, B], values, None, cuts)
+    capture.end_step()
+
+
+@pytest.mark.parametrize("replays", [True, False], ids=["cuda-graphs", "own-outputs"])
+def test_a_long_capture_through_a_small_ring(tmp_path: Path, replays: bool) -> None:
+    """96 MB through a ring of a few: every step's values, while each replay overwrites those of the one before."""
+    path = tmp_path / "d.stream"
+    device = Device()
+    capture = session(StreamWriter(path, metadata={}, codec="none", memory_bytes=3_000_000), device)
+    static = [Memory(*SHAPE, dtype=torch.float32) for _ in range(2)]
+    for step in range(40):
+        memories = static if replays else [Memory(*SHAPE, dtype=torch.float32) for _ in range(2)]
+        run_graph(capture, device, memories, [content(step, site) for site in range(2)], replays=replays)
+        del memories
+    capture.close()
+    report = capture.report
+    assert report.records == 80 and report.dropped_records == 0
+    assert report.peak_buffer_bytes <= LIMIT and len(device.allocated) == 1
+    with open_stream(path) as stream:
+        assert stream.num_steps == 40
+        for step in range(40):
+            for site, name in enumerate("ab"):
+                assert torch.equal(stream.read(name, step), content(step, site))
+
+
+def test_packed_outputs_are_cut_into_records(tmp_path: Path) -> None:
+    """One output and one copy a step; each site's part has its own name and shape in the file."""
+    path = tmp_path / "d.stream"
+    device = Device()
+    capture = session(StreamWriter(path, metadata={}, codec="zstd", memory_bytes=3_000_000), device)
+    static = [Memory(10, dtype=torch.float32)]
+    cuts = [Cut(0, 0, 6, (2, 3)), Cut(0, 6, 4, (4,))]
+    for step in range(9):
+        run_graph(capture, device, static, [content(step, 0, (10,))], replays=True, cuts=cuts)
+    capture.close()
+    assert capture.report.records == 18
+    with open_stream(path) as stream:
+        for step in range(9):
+            assert torch.equal(stream.read("a", step), content(step, 0, (10,))[:6].view(2, 3))
+            assert torch.equal(stream.read("b", step), content(step, 0, (10,))[6:])
+
+
+def test_a_full_ring_drops_and_counts() -> None:
+    """ "drop": with the writer stuck, what finds no room is counted by site; what was stored is right."""
+    device, writer = Device(), HeldWriter(hold=True)
+    capture = session(writer, device, limit=1_000_000, drop=True)
+    static = [Memory(25_000, dtype=torch.float32) for _ in range(2)]
+    for step in range(30):
+        run_graph(
+            capture, device, static, [content(step, site, (25_000,)) for site in range(2)], replays=True
+        )
+    writer.let_go()
+    capture.close()
+    report = capture.report
+    assert report.dropped_records > 0 and report.records + report.dropped_records == 60
+    assert report.dropped_by_site["a"] == report.dropped_by_site["b"] == report.dropped_records // 2
+    for meta, data in writer.rows:
+        expected = content(meta.step, meta.site_id, (25_000,))
+        assert data == expected.numpy().tobytes()
+
+
+def test_a_value_larger_than_the_ring_is_refused() -> None:
+    """Before anything of its run is recorded, and the room that was counted for it comes back."""
+    device, writer = Device(), HeldWriter()
+    capture = session(writer, device, limit=100_000)
+    memories = [Memory(10, dtype=torch.float32), Memory(30_000, dtype=torch.float32)]
+    with pytest.raises(BufferTooSmallError, match=r"120000 bytes .* larger than the pinned buffer"):
+        run_graph(capture, device, memories, [memory.data.clone() for memory in memories], replays=True)
+    capture.close()
+    assert not writer.rows
+
+
+def test_a_failure_lets_go_of_everything() -> None:
+    """The writer fails: a model that waits for the ring goes on, and leaving reports the failure."""
+
+    class Failing(HeldWriter):
+        def put(self, meta: Any, data: Any, done: Any = None) -> None:
+            raise OSError("no room")
+
+    device = Device()
+    capture = session(Failing(), device, limit=1_000_000)
+    static = [Memory(25_000, dtype=torch.float32) for _ in range(2)]
+    for step in range(30):
+        run_graph(
+            capture, device, static, [content(step, site, (25_000,)) for site in range(2)], replays=True
+        )
+    with pytest.raises(Exception, match="no room"):
+        capture.close()
