@@ -126,7 +126,7 @@ def test_a_cuda_graph_of_the_callers_own_is_refused() -> None:
     with torch.no_grad(), framework.capture_activations(None):
         model(value)
         torch.cuda.synchronize()
-        with pytest.raises(Exception, match="torch.cuda.graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with pytest.raises(Exception, match=r"torch\.cuda\.graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
             model(value)
 
 
