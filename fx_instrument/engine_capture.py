@@ -49,11 +49,16 @@ class StepSink:
         """Bytes of a row by site, of the sites that delivered while the engine started."""
         self.eager = False
 
-    def reserve(self, sites: Sequence[Site], num_bytes: int) -> bool:
+    def reserve(self, sites: Sequence[Site], num_bytes: int, **of_a_device: Any) -> bool:
         return True
 
     def deliver(
-        self, ticket: Any, sites: Sequence[Site], values: Sequence[torch.Tensor], full_shapes: Any
+        self,
+        ticket: Any,
+        sites: Sequence[Site],
+        values: Sequence[torch.Tensor],
+        full_shapes: Any,
+        cuts: None = None,
     ) -> None:
         if self.armed:
             self.values.extend(zip(sites, values, strict=True))

@@ -86,7 +86,7 @@ def test_packed_outputs_are_cut_into_records(tmp_path: Path) -> None:
     device = Device()
     capture = session(StreamWriter(path, metadata={}, codec="zstd", memory_bytes=3_000_000), device)
     static = [Memory(10, dtype=torch.float32)]
-    cuts = [Cut(0, 0, 6, (2, 3)), Cut(0, 6, 4, (4,))]
+    cuts = [(0, 0, 6, (2, 3)), (0, 6, 4, (4,))]
     for step in range(9):
         run_graph(capture, device, static, [content(step, 0, (10,))], replays=True, cuts=cuts)
     capture.close()

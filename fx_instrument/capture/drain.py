@@ -140,7 +140,7 @@ class Drain:
                 which: Sequence[int] = [index]
                 values = [value]
             else:
-                which = [number for number, cut in enumerate(cuts) if cut.pack == index]
+                which = [number for number, cut in enumerate(cuts) if cut[0] == index]
                 values = [_cut_out(value, cuts[number]) for number in which]
             counted = len(which) * RECORD_OVERHEAD_BYTES + (value.nbytes if room is None else 0)
             left -= counted
@@ -246,7 +246,8 @@ class Drain:
 
 
 def _cut_out(value: torch.Tensor, cut: Cut) -> torch.Tensor:
-    return value[cut.start : cut.start + cut.numel].view(cut.shape)
+    _, start, numel, shape = cut
+    return value.view(-1)[start : start + numel].view(shape)
 
 
 class _Release:

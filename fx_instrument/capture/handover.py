@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -13,6 +14,9 @@ from .pinned import Landing
 
 _WAKE_BYTES = 1 << 20
 """So much waits at most for the drain thread's next tick: a quarter of the page that it goes into anyway."""
+
+Cut: TypeAlias = "tuple[int, int, int, tuple[int, ...]]"
+"""One record inside a pack of several: which value, its first element there, how many, and its shape."""
 
 
 @dataclass(slots=True)
@@ -31,16 +35,6 @@ class Delivery:
     landing: Landing | None = None
     cuts: Sequence[Cut] | None = None
     """Where each record lies in the values, if these are packs of several."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """One record inside a pack: ``numel`` elements from ``start`` of the flat value ``pack``."""
-
-    pack: int
-    start: int
-    numel: int
-    shape: tuple[int, ...]
 
 
 class Handover:

@@ -54,6 +54,7 @@ class CaptureBackend:
         finder: the model's sites by identity.
         sampling: sample inside the graph, or None for whole values.
         inner: what compiles the rewritten graph, a name that ``torch.compile`` knows or a callable.
+        pack_on: kinds of device on which the values of small runs leave the graph together.
         options: ``mode``, ``options`` and ``dynamic`` for the inner backend, as ``torch.compile`` takes them.
     """
 
@@ -64,6 +65,7 @@ class CaptureBackend:
         sampling: Sampling | None,
         inner: InnerBackend,
         *,
+        pack_on: Collection[str] = ("cuda",),
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
         dynamic: bool | None = None,
@@ -78,14 +80,19 @@ class CaptureBackend:
         def is_wanted(mark: fx.Node, token: int) -> bool:
             return self._is_wanted(mark, example_inputs[token])
 
-        rewritten = insert_captures(gm, is_wanted, self._sampling)
+        sizes = SizeReader(gm)
+        rewritten = insert_captures(gm, is_wanted, self._sampling, self._pack_on)
+        if rewritten is not None and rewritten.packs is not None:
+            if sizes.shapes([planned.kept.shape for planned in rewritten.planned]) is None:
+                # Where a pack is to be cut depends on the data.
+                rewritten = insert_captures(gm, is_wanted, self._sampling)
         if rewritten is None:
             compiled: Compiled = self._inner(gm, example_inputs, **kwargs)
             return compiled
         compiled = self._inner(
             rewritten.gm, [example_inputs[index] for index in rewritten.arguments], **kwargs
         )
-        return CapturedGraph(compiled, rewritten, SizeReader(gm), self._marker, self._finder)
+        return CapturedGraph(compiled, rewritten, sizes, self._marker, self._finder, self._replays)
 
     def reset(self) -> None:
         if hasattr(self._inner, "reset"):
@@ -133,6 +140,16 @@ def resolve_inner(
     return bound
 
 
+def _replays(inner: InnerBackend, mode: str | None, options: Mapping[str, Any] | None) -> bool:
+    """Whether compiled graphs may run as CUDA graphs, whose outputs the next run overwrites."""
+    if inner == "inductor":
+        from torch._inductor import config  # loads Inductor, which other backends need not
+
+        asked = (options or {}).get("triton.cudagraphs", config.triton.cudagraphs)
+        return bool(asked) or mode in ("reduce-overhead", "max-autotune")
+    return inner not in ("eager", "aot_eager")
+
+
 class CapturedGraph:
     """One compiled graph with its captures: what Dynamo calls in place of the plain one."""
 
@@ -143,6 +160,7 @@ class CapturedGraph:
         sizes: SizeReader,
         marker: Marker,
         finder: SiteFinder,
+        replays: bool,
     ) -> None:
         self._compiled = compiled
         self._marker = marker
@@ -152,7 +170,14 @@ class CapturedGraph:
         self._begins, self._ends = rewritten.begins_step, rewritten.ends_step
         self._input_names, self._inputs = rewritten.input_names, rewritten.inputs
         kept = [planned.kept for planned in rewritten.planned]
-        self._num_bytes = sizes.total([(value.numel(), value.element_size()) for value in kept])
+        self._device = device_of(kept)
+        self._replays = replays
+        # What stays on a device needs no room on the host before it is on its way there.
+        on_host = [value for value in kept if self._device is None or value.device.type != self._device.type]
+        self._num_bytes = sizes.total([(value.numel(), value.element_size()) for value in on_host])
+        self._packs = rewritten.packs
+        self._kept_shapes = sizes.shapes([value.shape for value in kept]) if self._packs is not None else None
+        self._cuts: dict[Any, tuple[Cut, ...]] = {}
         self._full_shapes = None
         if rewritten.sampled:
             self._full_shapes = sizes.shapes([planned.value.shape for planned in rewritten.planned])

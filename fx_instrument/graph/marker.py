@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +27,9 @@ from torch.fx.node import has_side_effect
 from ..errors import RewriteError
 from .sites import Site
 from .witness import Witness
+
+Cut: TypeAlias = "tuple[int, int, int, tuple[int, ...]]"
+"""One value inside a pack of several: which pack, its first element there, how many, and its shape."""
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
@@ -40,8 +43,22 @@ class Sink(Protocol):
     def end_step(self) -> None:
         """The forward call that began last on this thread is over."""
 
-    def reserve(self, sites: Sequence[Site], num_bytes: int) -> Any:
-        """Make room before a graph runs: waits, refuses, or answers that the values are to be dropped."""
+    def reserve(
+        self,
+        sites: Sequence[Site],
+        num_bytes: int,
+        *,
+        device: torch.device | None = None,
+        replays: bool = False,
+    ) -> Any:
+        """Make room before a graph runs: waits, refuses, or answers that the values are to be dropped.
+
+        Args:
+            sites: whose values come.
+            num_bytes: of values on the host.
+            device: where the others are; None if there are none.
+            replays: they may lie where the graph's next run writes.
+        """
 
     def deliver(
         self,
@@ -49,8 +66,9 @@ class Sink(Protocol):
         sites: Sequence[Site],
         values: Sequence[torch.Tensor],
         full_shapes: Sequence[tuple[int, ...]] | None,
+        cuts: Sequence[Cut] | None = None,
     ) -> None:
-        """Take over the values of a graph that ran."""
+        """Take over the values of a graph that ran; with ``cuts``, packs of values and where each site's lies."""
 
     def cancel(self, ticket: Any) -> None:
         """Give back the room of a graph that failed."""

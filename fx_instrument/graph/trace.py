@@ -89,7 +89,7 @@ class TraceSink:
     def end_step(self) -> None: ...
     def cancel(self, ticket: Any) -> None: ...
 
-    def reserve(self, sites: Sequence[Site], num_bytes: int) -> None:
+    def reserve(self, sites: Sequence[Site], num_bytes: int, **of_a_device: Any) -> None:
         self.largest_run_bytes = max(self.largest_run_bytes, num_bytes)
 
     def deliver(
@@ -98,6 +98,7 @@ class TraceSink:
         sites: Sequence[Site],
         values: Sequence[torch.Tensor],
         full_shapes: Sequence[tuple[int, ...]] | None,
+        cuts: None = None,
     ) -> None:
         for index, (site, value) in enumerate(zip(sites, values, strict=True)):
             shape = full_shapes[index] if full_shapes is not None else tuple(value.shape)

@@ -130,12 +130,20 @@ class Router:
                 lane.session.end_step()
             self._leave(lane)
 
-    def reserve(self, sites: Sequence[Site], num_bytes: int) -> _Ticket | None:
+    def reserve(
+        self,
+        sites: Sequence[Site],
+        num_bytes: int,
+        *,
+        device: torch.device | None = None,
+        replays: bool = False,
+    ) -> _Ticket | None:
         lane = self._enter_again()
         if lane is None:
             return None
         with self._shielded(lane):
-            return _Ticket(lane, lane.session.reserve(sites, num_bytes))
+            inner = lane.session.reserve(sites, num_bytes, device=device, replays=replays)
+            return _Ticket(lane, inner)
         self._leave(lane)
         return None
 
@@ -145,10 +153,11 @@ class Router:
         sites: Sequence[Site],
         values: Sequence[torch.Tensor],
         full_shapes: Sequence[tuple[int, ...]] | None,
+        cuts: Sequence[Cut] | None = None,
     ) -> None:
         if ticket is not None:
             with self._shielded(ticket.lane):
-                ticket.lane.session.deliver(ticket.inner, sites, values, full_shapes)
+                ticket.lane.session.deliver(ticket.inner, sites, values, full_shapes, cuts)
             self._leave(ticket.lane)
 
     def cancel(self, ticket: _Ticket | None) -> None:
