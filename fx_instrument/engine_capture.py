@@ -58,7 +58,7 @@ class StepSink:
         sites: Sequence[Site],
         values: Sequence[torch.Tensor],
         full_shapes: Any,
-        cuts: None = None,
+        cuts: Any = None,
     ) -> None:
         if self.armed:
             self.values.extend(zip(sites, values, strict=True))
@@ -165,7 +165,9 @@ class EngineCapture(InstrumentationFramework):
         attachment = self._attachment
         if attachment is None:
             raise InstrumentationError("attach the model before its graphs are compiled")
-        captured = CaptureBackend(attachment.marker, attachment.finder, None, inner, options=options)
+        captured = CaptureBackend(
+            attachment.marker, attachment.finder, None, inner, pack_on=(), options=options
+        )
         compiled = captured(graph, example_inputs, **kwargs)
         if self._all_requests or not isinstance(inner, str):
             return compiled
@@ -174,7 +176,7 @@ class EngineCapture(InstrumentationFramework):
             return compiled
         # Calls in which nobody asked run the graph that they would have run without us.
         arguments = stripped.arguments
-        plain = CaptureBackend(attachment.marker, attachment.finder, None, inner, options=options)
+        plain = CaptureBackend(attachment.marker, attachment.finder, None, inner, pack_on=(), options=options)
         idle = plain(stripped.gm, [example_inputs[index] for index in arguments], **kwargs)
         sink = self.sink
 

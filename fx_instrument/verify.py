@@ -120,6 +120,7 @@ def verify_model(
             attachment.finder,
             _sampling(config),
             captured.inner(resolve_inner(inner, *bound)),
+            pack_on=(),
         )
         idle, capturing = (compiled(twin, captured.outer(backend)) for _ in range(2))
         counts = [0]

@@ -129,10 +129,13 @@ class Drain:
         else:
             site_ids = [self._site_ids[name] for name in delivery.names]
         landing = delivery.landing
-        if landing is None:
-            self._put(delivery, None, site_ids, delivery.values, delivery.num_bytes, None)
-            return
         cuts = delivery.cuts
+        if landing is None:
+            values = delivery.values
+            if cuts is not None:
+                values = [_cut_out(values[cut[0]], cut) for cut in cuts]
+            self._put(delivery, None, site_ids, values, delivery.num_bytes, None)
+            return
         left = delivery.num_bytes
         done = 0
         for index, (value, room) in enumerate(landing.arrivals(self._make_room)):

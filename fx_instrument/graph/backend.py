@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import is_fake
 
 from ..errors import RewriteError
-from .marker import Marker, is_recomputing
+from .marker import Cut, Marker, Sink, is_recomputing
 from .rewrite import Rewritten, Sampling, insert_captures
 from .shapes import SizeReader
 from .sites import Site
@@ -74,6 +75,8 @@ class CaptureBackend:
         self._finder = finder
         self._sampling = sampling
         self._inner = resolve_inner(inner, mode, options, dynamic)
+        self._pack_on = pack_on
+        self._replays = _replays(inner, mode, options)
         self.compiler_name = getattr(self._inner, "compiler_name", None) or str(inner)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Compiled:
@@ -82,10 +85,13 @@ class CaptureBackend:
 
         sizes = SizeReader(gm)
         rewritten = insert_captures(gm, is_wanted, self._sampling, self._pack_on)
-        if rewritten is not None and rewritten.packs is not None:
-            if sizes.shapes([planned.kept.shape for planned in rewritten.planned]) is None:
-                # Where a pack is to be cut depends on the data.
-                rewritten = insert_captures(gm, is_wanted, self._sampling)
+        if (
+            rewritten is not None
+            and rewritten.packs is not None
+            and sizes.shapes([planned.kept.shape for planned in rewritten.planned]) is None
+        ):
+            # Where a pack is to be cut depends on the data.
+            rewritten = insert_captures(gm, is_wanted, self._sampling)
         if rewritten is None:
             compiled: Compiled = self._inner(gm, example_inputs, **kwargs)
             return compiled
@@ -170,14 +176,14 @@ class CapturedGraph:
         self._begins, self._ends = rewritten.begins_step, rewritten.ends_step
         self._input_names, self._inputs = rewritten.input_names, rewritten.inputs
         kept = [planned.kept for planned in rewritten.planned]
-        self._device = device_of(kept)
+        self._device = next((value.device for value in kept if value.device.type == "cuda"), None)
         self._replays = replays
         # What stays on a device needs no room on the host before it is on its way there.
-        on_host = [value for value in kept if self._device is None or value.device.type != self._device.type]
+        on_host = [value for value in kept if value.device.type != "cuda"]
         self._num_bytes = sizes.total([(value.numel(), value.element_size()) for value in on_host])
         self._packs = rewritten.packs
         self._kept_shapes = sizes.shapes([value.shape for value in kept]) if self._packs is not None else None
-        self._cuts: dict[Any, tuple[Cut, ...]] = {}
+        self._cuts: dict[Any, tuple[Cut, ...]] = {}  # by the sites that are kept, and all shapes
         self._full_shapes = None
         if rewritten.sampled:
             self._full_shapes = sizes.shapes([planned.value.shape for planned in rewritten.planned])
@@ -207,7 +213,11 @@ class CapturedGraph:
         if self._full_shapes is not None:
             full_shapes = self._full_shapes(args)
         num_bytes = self._num_bytes(args) if self._num_bytes is not None else None
-        ticket = sink.reserve(sites, num_bytes) if num_bytes is not None else None
+        ticket = None
+        if self._device is not None:
+            ticket = sink.reserve(sites, num_bytes or 0, device=self._device, replays=self._replays)
+        elif num_bytes is not None:
+            ticket = sink.reserve(sites, num_bytes)
         try:
             outputs = self._compiled(*self._arguments(args))
         except BaseException:
@@ -215,25 +225,52 @@ class CapturedGraph:
                 sink.cancel(ticket)
             raise
         values = outputs[self._num_outputs :]
-        if len(values) != chosen.num_planned:
+        if len(values) != (chosen.num_planned if self._packs is None else len(self._packs)):
             if ticket is not None:
                 sink.cancel(ticket)
             raise RewriteError(
                 f"a graph with {chosen.num_planned} planned captures returned {len(values)}: the inner backend changed "
                 f"the graph's outputs, so its values can't be told apart"
             )
+        if chosen.keep is not None and full_shapes is not None:
+            full_shapes = [full_shapes[index] for index in chosen.keep]
+        if self._packs is not None:
+            sink.deliver(ticket, sites, values, full_shapes, self._cut(chosen, args))
+            return self._finish(sink, chosen, outputs)
         if chosen.keep is not None:
             values = [values[index] for index in chosen.keep]
-            full_shapes = [full_shapes[index] for index in chosen.keep] if full_shapes is not None else None
         if ticket is None:
             # The size depends on the data: it is known only now.
             ticket = sink.reserve(sites, sum(value.nbytes for value in values))
         sink.deliver(ticket, sites, values, full_shapes)
-        marker.witness.note(chosen.names)
+        return self._finish(sink, chosen, outputs)
+
+    def _finish(self, sink: Sink, chosen: _Chosen, outputs: Sequence[Any]) -> Any:
+        witness = self._marker.witness
+        witness.note(chosen.names)
         if self._ends:
             sink.end_step()
-            marker.witness.completed = True
+            witness.completed = True
         return outputs[: self._num_outputs]
+
+    def _cut(self, chosen: _Chosen, args: Sequence[Any]) -> tuple[Cut, ...]:
+        """Where each chosen site's value lies in the packs."""
+        assert self._packs is not None and self._kept_shapes is not None, (
+            "a graph with packs knows their sizes"
+        )
+        shapes = self._kept_shapes(args)
+        cuts = self._cuts.get((chosen.keep, shapes))
+        if cuts is None:
+            found: dict[int, Cut] = {}
+            for pack, indices in enumerate(self._packs):
+                start = 0
+                for index in indices:
+                    numel = math.prod(shapes[index])
+                    found[index] = (pack, start, numel, shapes[index])
+                    start += numel
+            which = range(len(shapes)) if chosen.keep is None else chosen.keep
+            cuts = self._cuts[chosen.keep, shapes] = tuple(found[index] for index in which)
+        return cuts
 
     def _chosen(self, args: Sequence[Any]) -> _Chosen:
         """The sites of this run; a module that runs this graph too may be no site."""

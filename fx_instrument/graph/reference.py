@@ -67,7 +67,7 @@ class ComparingSink:
     def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> None: ...
     def end_step(self) -> None: ...
     def cancel(self, ticket: Any) -> None: ...
-    def reserve(self, sites: Sequence[Site], num_bytes: int) -> None: ...
+    def reserve(self, sites: Sequence[Site], num_bytes: int, **of_a_device: Any) -> None: ...
 
     def deliver(
         self,
@@ -75,6 +75,7 @@ class ComparingSink:
         sites: Sequence[Site],
         values: Sequence[torch.Tensor],
         full_shapes: Sequence[tuple[int, ...]] | None,
+        cuts: Any = None,
     ) -> None:
         for site, value in zip(sites, values, strict=True):
             self._compare(site, value)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..capture.session import Session
+from ..graph.marker import Cut
 from ..graph.sites import Site
 from .tags import Request, RowSource, SourcedRows, current_request, tagged
 
