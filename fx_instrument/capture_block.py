@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
+import torch
+
 from .activations import open_stream
 from .capture.report import CaptureReport
 from .capture.session import Session
@@ -125,6 +127,17 @@ class Capture:
                 error.add_note(f"fx_instrument: {failure}")
 
 
+def process_rank() -> tuple[int, int]:
+    """Which of how many processes this is: as torch.distributed knows it, else as torchrun says; (0, 1) if neither."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    rank, world = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    if rank.isdecimal() and world.isdecimal() and int(rank) < int(world):
+        return int(rank), int(world)
+    return 0, 1
+
+
 def open_session(
     framework: Instrumenter,
     path: Path | None,
@@ -134,7 +147,7 @@ def open_session(
     progress: bool = False,
     max_memory_bytes: int | None = None,
     patience: Callable[[], float] | None = None,
-    rank: int = 0,
+    rank: int | None = None,
     world: int = 1,
 ) -> Session:
     """A session of ``framework``'s model that writes to ``path``, as the configuration has it.
@@ -142,11 +155,13 @@ def open_session(
     Args:
         max_memory_bytes: a bound of its own; None takes the configuration's.
         patience: see ``Session``.
-        rank, world: which of how many processes writes this file.
+        rank, world: which of how many processes writes this file; None asks torch.distributed, or torchrun.
 
     Raises:
         BufferTooSmallError, OSError, ValueError: as ``capture_activations``.
     """
+    if rank is None:
+        rank, world = process_rank()
     attachment = framework._attached("capture_activations")
     config = framework.config
     limit = config.max_memory_bytes if max_memory_bytes is None else max_memory_bytes

@@ -115,3 +115,37 @@ def test_a_killed_process(tmp_path: Path) -> None:
     model.layers[1].mlp.register_forward_hook(lambda module, args, output: seen.append(output))
     model(tokens(8, 32, seed=step))
     assert torch.equal(captured, seen[0])
+
+
+@pytest.mark.slow
+def test_two_ranks(tmp_path: Path) -> None:
+    """Under torchrun each process writes a file of its rank, and the folder reads as one stream of both."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import os, sys
+            sys.path.insert(0, {str(Path(__file__).parent)!r})
+            import torch
+            from models import tokens
+            from test_harvest import instrumented
+            from fx_instrument.harvest import Harvest
+            rank = int(os.environ["RANK"])
+            model, framework = instrumented()
+            with torch.no_grad(), Harvest(framework, sys.argv[1], name=f"rank-{{rank}}") as harvest:
+                for step in range(3):
+                    with harvest.batch([f"{{rank}}-{{step}}"]):
+                        model(tokens(1, 4, seed=10 * rank + step))
+            """
+        )
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    folder = tmp_path / "h"
+    subprocess.run([*command, str(script), str(folder)], check=True, timeout=300)
+    assert [file.ids for file in collect(folder)] == [("0-0", "0-1", "0-2"), ("1-0", "1-1", "1-2")]
+    with open_stream(folder) as stream:
+        assert stream.ranks == (0, 1) and len(stream) == 2 * 3 * 2 * PLAIN.depth
+        for rank in stream.ranks:
+            for step in range(3):
+                ids = stream.inputs(step, rank=rank)["input_ids"]
+                assert torch.equal(ids, tokens(1, 4, seed=10 * rank + step))
