@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--texts", type=int, default=32)
     parser.add_argument("--actors", type=int, default=2)
+    parser.add_argument("--backend", default="inductor")
     arguments = parser.parse_args()
     ray.init(num_cpus=arguments.actors + 1, include_dashboard=False)
     texts = [
@@ -54,7 +55,7 @@ def main() -> None:
             "run": job.run,
             "folder": arguments.folder,
             "config": InstrumentationConfig(granularity=HookGranularity.MLP_ONLY, max_memory_gb=0.5),
-            "instrument": {"dynamic": True},
+            "instrument": {"backend": arguments.backend, "dynamic": True},
         },
         concurrency=arguments.actors,
         num_cpus=1,

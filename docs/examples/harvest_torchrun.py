@@ -25,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
     parser.add_argument("--texts", type=int, default=16)
+    parser.add_argument("--backend", default="inductor")
     arguments = parser.parse_args()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo")
@@ -41,7 +42,7 @@ def main() -> None:
     framework = InstrumentationFramework(
         InstrumentationConfig(granularity=HookGranularity.MLP_ONLY, max_memory_gb=0.5)
     )
-    framework.instrument_model(model, dynamic=True)
+    framework.instrument_model(model, backend=arguments.backend, dynamic=True)
     if mine:
         with Harvest(framework, arguments.folder, name=f"rank-{rank}") as harvest, torch.inference_mode():
             for begin in range(0, len(mine), BATCH):
