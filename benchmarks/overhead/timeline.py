@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from fx_instrument.capture.drain import Drain
 from fx_instrument.capture.session import Session
 from fx_instrument.stream import writer as writer_module
 
@@ -49,7 +50,7 @@ def record(variant: Variant, bench: Bench, folder: Path) -> list[dict[str, Any]]
     def all_watched() -> Iterator[None]:
         with (
             watched(Session, "deliver", "hand-over"),
-            watched(Session, "_write", "drain"),
+            watched(Drain, "_write", "drain"),
             watched(writer_module.PageEncoder, "encode", "compress"),
             watched(writer_module, "write_all", "write"),
         ):
