@@ -24,6 +24,7 @@ from .errors import (
     TruncatedStreamError,
 )
 from .graph.attach import Attachment
+from .graph.exported_call import ExportedAttachment
 from .stream.memory import MIN_MEMORY_BYTES
 from .stream.records import RecordMeta
 from .stream.writer import StreamWriter
@@ -42,8 +43,8 @@ class Instrumenter(Protocol):
     config: InstrumentationConfig
     _capture: object | None
 
-    def _attached(self, caller: str) -> Attachment: ...
-    def _metadata(self, attachment: Attachment) -> dict[str, Any]: ...
+    def _attached(self, caller: str) -> Attachment | ExportedAttachment: ...
+    def _metadata(self, attachment: Attachment | ExportedAttachment) -> dict[str, Any]: ...
 
 
 class Capture:

@@ -163,7 +163,7 @@ class EngineCapture(InstrumentationFramework):
     ) -> Callable[..., Any]:
         """Rewrite a traced graph and compile it with ``inner``."""
         attachment = self._attachment
-        if attachment is None:
+        if not isinstance(attachment, Attachment):
             raise InstrumentationError("attach the model before its graphs are compiled")
         captured = CaptureBackend(
             attachment.marker, attachment.finder, None, inner, pack_on=(), options=options

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import zstandard
 from torch import nn
+from torch.export import ExportedProgram
 
 from .activations import StreamSource
 from .analysis import analyze_activations
@@ -26,8 +27,10 @@ from .errors import (
     MissingCompilerError,
     NotInstrumentedError,
 )
+from .exported import attach_program, rewrite_program
 from .graph.attach import Attachment, check_free, inner_module
 from .graph.backend import CaptureBackend, InnerBackend
+from .graph.exported_call import ExportedAttachment
 from .graph.rewrite import Sampling
 from .graph.sites import Site, choose_sites
 from .plan import Plan, plan_model
@@ -51,7 +54,7 @@ class InstrumentationFramework:
         if config is not None and not isinstance(config, InstrumentationConfig):
             raise TypeError(f"config must be an InstrumentationConfig, got {config!r}")
         self.config = config if config is not None else InstrumentationConfig()
-        self._attachment: Attachment | None = None
+        self._attachment: Attachment | ExportedAttachment | None = None
         self._backend_name = ""
         self._inner: InnerBackend = "inductor"
         self._compile_options: dict[str, Any] = {}
@@ -135,7 +138,7 @@ class InstrumentationFramework:
             raise TypeError(
                 f"unknown backend options {sorted(unknown)}; mode, dynamic and options pass through"
             )
-        attachment = self._attached("backend")
+        attachment = self._instrumented("backend")
         if attachment.compiled:
             # Its steps are counted around the compiled call that stands in the model already.
             raise InstrumentationError(
@@ -146,10 +149,14 @@ class InstrumentationFramework:
         self._inner, self._compile_options = inner, dict(options)
         return made
 
-    def restore(self, model: nn.Module) -> None:
-        """Undo ``instrument_model``: the model has the hooks and the compiled call that it had before."""
+    def restore(self, model: nn.Module | ExportedProgram) -> None:
+        """Undo ``instrument_model``: the model has the hooks and the compiled call that it had before.
+
+        Of exported programs the framework lets go; their modules go on without delivering.
+        """
         attachment = self._attached("restore")
-        if inner_module(model) is not attachment.model:
+        exported = isinstance(attachment, ExportedAttachment)
+        if not exported and not (isinstance(model, nn.Module) and inner_module(model) is attachment.model):
             raise NotInstrumentedError(
                 f"this {type(model).__name__} is not the model that this framework instruments"
             )
@@ -195,6 +202,54 @@ class InstrumentationFramework:
         if on_full not in ("stall", "drop"):
             raise ValueError(f"on_full must be 'stall' or 'drop', got {on_full!r}")
         return Capture(self, output_path, mode=mode, on_full=on_full, progress=progress)
+
+    def instrument_exported(self, program: ExportedProgram) -> ExportedProgram:
+        """A copy of an exported program that captures: its modules deliver inside ``capture_activations``.
+
+        The sites are chosen by the names and classes of modules that ``program`` remembers; each site's value is
+        that of its preserved signature (``torch.export.export(..., preserve_module_call_signature=...)``), or the
+        last floating-point value that is used outside the module. The captures are further outputs of the program,
+        which ``module()`` hands on and strips. After ``torch.export.save`` and ``load``, or AOTInductor, give the
+        callable to ``attach_exported``. Several programs (prefill and decode) may share a framework.
+
+        Raises:
+            NoSitesError: as ``instrument_model``.
+            RewriteError: which value a site returned can't be told.
+            AlreadyInstrumentedError: this framework has a model.
+        """
+        if not isinstance(program, ExportedProgram):
+            raise TypeError(f"program must be a torch.export.ExportedProgram, got {type(program).__name__}")
+        attachment, instrumented = rewrite_program(program, self.config, self._exported())
+        self._attachment, self._backend_name = attachment, "export"
+        return instrumented
+
+    def attach_exported(self, program: Any) -> Callable[..., Any]:
+        """A callable that delivers the captures of an instrumented program, wherever that was made or compiled.
+
+        Args:
+            program: ``torch.export.load(path).module()``, or what ``torch._inductor.aoti_load_package`` returned, of
+                a program that came from ``instrument_exported``.
+
+        Returns:
+            The module itself, or a callable in the place of AOTInductor's: calls return the original's outputs.
+
+        Raises:
+            NotInstrumentedError: the program has no captures.
+            ValueError: it was instrumented with another sampling than this configuration's.
+        """
+        attachment, call = attach_program(program, self.config, self._exported())
+        self._attachment = attachment
+        self._backend_name = "export" if isinstance(program, nn.Module) else "aot_inductor"
+        return call
+
+    def _exported(self) -> ExportedAttachment | None:
+        if self._attachment is not None and not isinstance(self._attachment, ExportedAttachment):
+            raise AlreadyInstrumentedError(
+                "this framework instruments a model already; use a second framework for exported programs"
+            )
+        if self._capture is not None:
+            raise CaptureActiveError("a capture is open: leave its block first")
+        return self._attachment
 
     def plan(self, model: nn.Module, *args: Any, **kwargs: Any) -> Plan:
         """What a capture of calls like ``model(*args, **kwargs)`` would record, and what it would take.
@@ -256,14 +311,20 @@ class InstrumentationFramework:
         sampling = Sampling(hook_config.sampling_rate, hook_config.seed) if sampled else None
         return CaptureBackend(attachment.marker, attachment.finder, sampling, inner, **options)
 
-    def _attached(self, caller: str) -> Attachment:
+    def _instrumented(self, caller: str) -> Attachment:
+        attachment = self._attached(caller)
+        if isinstance(attachment, ExportedAttachment):
+            raise NotInstrumentedError(f"{caller} is for models; this framework has an exported program")
+        return attachment
+
+    def _attached(self, caller: str) -> Attachment | ExportedAttachment:
         if self._attachment is None:
             raise NotInstrumentedError(
                 f"{caller} needs an instrumented model: call instrument_model(model) first"
             )
         return self._attachment
 
-    def _metadata(self, attachment: Attachment) -> dict[str, Any]:
+    def _metadata(self, attachment: Attachment | ExportedAttachment) -> dict[str, Any]:
         model = attachment.model
         first = next(iter(model.parameters()), None)
         versions = {

@@ -1,11 +1,11 @@
 """The pass over an ``ExportedProgram``: capture ops behind the sites, delivered as further outputs of its signature.
 
-    before   return (%logits,)                       after   return (%logits, %clone, ...)
-             out_spec: *                                      out_spec: (*, {"fx_instrument/1": {SITES: {SITE: *, ...}}})
+    before   return (%logits,)      after   return (%logits, %clone, ...)
+             out_spec: *                    out_spec: (*, {"fx_instrument/1": {SITES: {SITE: *, ...}}})
 
-SITES is "whole", or "sampled/RATE/SEED" with the value's whole shape beside each value; SITE is "ROLE/NAME/CALL". So the
-program says by itself what its further outputs are, wherever its signature goes: through ``torch.export.save``, into
-AOTInductor's package, to another process.
+SITES is "whole", or "sampled/RATE/SEED" with the value's whole shape beside each value; SITE is "ROLE/NAME/CALL". So
+the program says by itself what its further outputs are, wherever its signature goes: through ``torch.export.save``,
+into AOTInductor's package, to another process.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from torch.utils import _pytree as pytree
 from ..errors import RewriteError
 from ..sampling import fold_seed, num_samples, place
 from .rewrite import Sampling
-from .sites import Role, Site
+from .sites import Site
 
+_torch: Any = torch  # its symbolic functions have no types
 MARK = "fx_instrument/1"
 WHOLE = "whole"
 
@@ -48,15 +49,13 @@ class ExportedOutputs:
 
 def read_spec(spec: Any) -> ExportedOutputs | None:
     """The captures that an output spec names; None if it has none."""
-    children = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
-    if spec.type is not tuple or len(children) != 2:
+    if spec.type is not tuple or spec.num_children != 2:
         return None
-    mark = children[1]
+    mark = spec.child(1)
     if mark.type is not dict or list(mark.context) != [MARK]:
         return None
-    kind = (mark.children() if callable(getattr(mark, "children", None)) else mark.children_specs)[0]
-    (how,) = kind.context
-    (named,) = kind.children() if callable(getattr(kind, "children", None)) else kind.children_specs
+    kind = mark.child(0)
+    (how,), named = kind.context, kind.child(0)
     sampling = None
     if how != WHOLE:
         _, rate, seed = how.split("/")
@@ -190,9 +189,9 @@ def _returned(
     """The node of the value that a call returned: by the preserved signature, else the last float seen outside it."""
     name = preserved.get((site.name, number))
     if name is not None:
-        by_name = [node for node in graph.nodes if node.name == name]
-        if by_name:
-            return by_name[0]
+        for node in nodes:
+            if node.name == name:
+                return node
     inside = set(nodes)
     for node in reversed(nodes):
         value = node.meta.get("val")
@@ -248,7 +247,7 @@ def _sampler(sampling: Sampling) -> Callable[[torch.Tensor], tuple[torch.Tensor,
         if isinstance(numel, int):
             count = num_samples(numel, sampling.rate)
         else:
-            count = torch.sym_max(1, round(sampling.rate * numel))
+            count = _torch.sym_max(1, _rounded(sampling.rate * numel))
         index = torch.arange(count, device=x.device)
         where = place(index, numel, count, fold_seed(sampling.seed))
         sizes = [torch.full((1,), size, dtype=torch.int64) for size in x.shape]
@@ -258,7 +257,10 @@ def _sampler(sampling: Sampling) -> Callable[[torch.Tensor], tuple[torch.Tensor,
     return sampled
 
 
-def role_of(name: str) -> Role:
-    if name not in ("attention", "mlp", "block", "other"):
-        raise ValueError(f"a site's role is attention, mlp, block or other, got {name!r}")
-    return name  # type: ignore[return-value]
+def _rounded(share: Any) -> Any:
+    """``round`` (half to even) of a symbolic float, in operations that ``torch.export.save`` takes."""
+    up = _torch.sym_int(share + 0.5)
+    above = _torch.sym_float(up) - share
+    even = _torch.sym_ite(above == 0.5, up - up % 2, up)
+    # 2.4999999999999996 + 0.5 is 3.0 in floating point.
+    return _torch.sym_ite(above > 0.5, up - 1, even)
