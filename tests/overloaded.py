@@ -28,7 +28,8 @@ OVERLOAD = 10
 class Brake:
     """Lets the writer write a tenth of what the model offers."""
 
-    def __init__(self, record_bytes: int) -> None:
+    def __init__(self, record_bytes: int, stalls: bool) -> None:
+        self._stalls = stalls
         # What is offered is counted with the bookkeeping of its records, what is written is not.
         self._ratio = OVERLOAD * (record_bytes + RECORD_OVERHEAD_BYTES) / record_bytes
         self.offered = self.written = self.blocked = 0
@@ -42,13 +43,14 @@ class Brake:
         def acquire(budget: HostBudget, num_bytes: int, *, wait: bool, **more: Any) -> bool:
             with brake._changed:
                 brake.offered += 0 if wait else num_bytes
-                brake.blocked += wait
+                # Under "drop" only the values of a run that is dropped ask to wait, and don't have to.
+                brake.blocked += wait and brake._stalls
                 brake._changed.notify_all()
             try:
                 return brake._acquire(budget, num_bytes, wait=wait, **more)
             finally:
                 with brake._changed:
-                    brake.blocked -= wait
+                    brake.blocked -= wait and brake._stalls
 
         def writev(fd: int, views: Sequence[memoryview]) -> int:
             size = sum(map(len, views))
@@ -89,7 +91,7 @@ def main() -> None:
     with framework.capture_activations(path):
         model(step_input(0, shape))
     model(step_input(0, shape))
-    brake = Brake(elements * 4)
+    brake = Brake(elements * 4, on_full == "stall")
     brake.put_on()
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")

@@ -43,7 +43,7 @@ def check(path: Path, codec: str, on_full: str, bound: int, steps: int, elements
     print(path.parent.name, {key: found[key] for key in ("growth", "peak_buffer_bytes", "stalled_seconds")})
     assert found["records"] + found["dropped_records"] == steps * sites
     # More was offered than the buffer holds, so that it was full.
-    assert steps * sites * (elements * 4 + RECORD_OVERHEAD_BYTES) > 1.5 * bound
+    assert steps * (sites * elements * 4 + RECORD_OVERHEAD_BYTES) > 1.5 * bound
     assert found["peak_buffer_bytes"] <= bound
     assert found["growth"] <= bound + 32 * MIB
     dropped = found["dropped_by_site"]
@@ -85,8 +85,8 @@ def test_a_tenfold_overload_stays_within_the_bound(
     ("bound", "steps", "elements", "sites"),
     [
         pytest.param(512_000_000, 50, 1_048_576, 8, id="large"),
-        pytest.param(128_000_000, 800, 2304, 60, id="decode"),
-        pytest.param(32_000_000, 1500, 16, 64, id="tiny"),
+        pytest.param(128_000_000, 1200, 2304, 60, id="decode"),
+        pytest.param(12_000_000, 10_000, 16, 64, id="tiny"),
     ],
 )
 def test_a_tenfold_overload_of_any_kind(

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses import FakeTensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..errors import RewriteError
 from ..sampling import fold_seed, num_samples, place
@@ -215,7 +216,21 @@ class _Inserter(fx.proxy.GraphAppendingTracer):
 
 def _clone(graph: fx.Graph, source: fx.Node) -> fx.Node:
     inserter = _Inserter(graph, source)
-    return inserter.call(torch.clone, inserter.call(torch.detach, fx.Proxy(source, inserter))).node
+    detached = inserter.call(torch.detach, fx.Proxy(source, inserter))
+    if _is_row_major(source.meta["example_value"]):
+        return inserter.call(torch.clone, detached).node
+    # Else it would be copied once more on its way to the file, where no room was made for that.
+    return inserter.call(torch.clone, detached, memory_format=torch.contiguous_format).node
+
+
+def _is_row_major(fake: torch.Tensor) -> bool:
+    """Whether a value is known to be contiguous, without a guard on its sizes."""
+    expected: int | torch.SymInt = 1
+    for size, stride in zip(reversed(fake.shape), reversed(fake.stride()), strict=True):
+        if not statically_known_true(stride == expected):
+            return False
+        expected = expected * size
+    return True
 
 
 def _pack(
