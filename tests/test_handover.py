@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from fx_instrument.capture.handover import Delivery, Handover
 from fx_instrument.capture.packing import Packer
-from fx_instrument.capture.transfer import Landing, host_bytes
+from fx_instrument.capture.transfer import host_bytes
 
 
 def delivery(step: int, num_bytes: int = 10) -> Delivery:
-    return Delivery(step, ("a",), (0,), Landing([], None, None), None, num_bytes)
+    return Delivery(step, ("a",), (0,), [], None, num_bytes)
 
 
 def test_deliveries_come_in_order_and_together() -> None:
