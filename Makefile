@@ -6,11 +6,12 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help demo test bench check format clean
+.PHONY: help demo test test-servers bench check format clean
 
 help:
 	@echo "make demo    capture a real SmolLM2-135M; report, table and picture in demo_output/"
 	@echo "make test    run the tests (PYTEST_ARGS='-m slow' for the long ones)"
+	@echo "make test-servers  transformers serve, FastAPI, LitServe and Ray, started and asked"
 	@echo "make bench   what capturing costs: table, JSON and plots in benchmarks/results (BENCH_ARGS='--quick' in 3 minutes)"
 	@echo "make check   formatter, linter, type checker, tests"
 	@echo "make format  let ruff rewrite what it can"
@@ -21,6 +22,11 @@ demo: $(VENV)/.ready-demo
 
 test: $(VENV)/.ready-test
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+# Starts servers on free ports of 127.0.0.1 and a local Ray cluster.
+SERVER_TESTS = $(addprefix tests/test_,transformers_serve.py serve_fastapi.py serve_litserve.py harvest_ray.py)
+test-servers: $(VENV)/.ready-servers
+	$(VENV)/bin/python -m pytest -m server $(SERVER_TESTS) $(PYTEST_ARGS)
 
 bench: $(VENV)/.ready-demo
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks $(BENCH_ARGS)
