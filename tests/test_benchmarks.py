@@ -66,7 +66,7 @@ def test_one_round_fills_every_column(tmp_path: Path, options: sections.Options)
     assert rows["FX, zstd file"]["graphs"] == rows[variants.BASE]["graphs"] == 1
     assert rows["compiled + traced hooks, null sink"]["breaks"] == 0
     assert (tmp_path / "result.md").read_text().startswith("# Overhead, 2026-01-01")
-    assert (tmp_path / "result-prefill-2x8.png").stat().st_size > 0
+    assert (tmp_path / "result-real-prefill-2x8.png").stat().st_size > 0
     assert {line[1] for line in report.goals(read)} >= set(report.GOALS) - {"FX, 1.0% sampled, zstd file"}
 
 

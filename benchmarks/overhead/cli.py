@@ -91,6 +91,7 @@ def main(
     with _progress() as progress:
         task = progress.add_task("", total=len(names))
         options.say = lambda text: progress.update(task, description=text)
+        options.keep = lambda name, section: keep(result, name, section, output)
         for name in names:
             add(result["sections"], name, sections.run(name, options))
             progress.advance(task)
@@ -126,6 +127,13 @@ def add(found: dict[str, Any], name: str, section: dict[str, Any]) -> None:
     found[name] = section
     if "workloads" in section:
         section["workloads"] = {**before, **section["workloads"]}
+
+
+def keep(result: dict[str, Any], name: str, section: dict[str, Any], output: Path) -> None:
+    """Write the result with a section that is not complete yet."""
+    sections_so_far = dict(result["sections"])
+    add(sections_so_far, name, dict(section))
+    write({**result, "sections": sections_so_far}, output)
 
 
 def write(result: dict[str, Any], output: Path) -> None:

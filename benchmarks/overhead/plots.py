@@ -24,9 +24,15 @@ def draw(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     """PNG files of whatever the result holds."""
     sections = result["sections"]
     written = []
-    for name, part in sections.get("real", {}).get("workloads", {}).items():
+    tables = [
+        (section, name, part)
+        for section in ("real", "toy")
+        for name, part in sections.get(section, {}).get("workloads", {}).items()
+    ]
+    for section, name, part in tables:
         slug = "".join(letter if letter.isalnum() else "-" for letter in name).replace("--", "-")
-        written.append(_save(_bars(name, part), folder / f"{stem}-{slug}.png"))
+        title = f"{sections[section]['model']}, {name}"
+        written.append(_save(_bars(title, part), folder / f"{stem}-{section}-{slug}.png"))
     if "shapes" in sections:
         written.append(_save(_shapes(sections["shapes"]), folder / f"{stem}-shapes.png"))
     if "scaling" in sections:
@@ -38,7 +44,7 @@ def draw(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     return written
 
 
-def _bars(name: str, part: dict[str, Any]) -> Any:
+def _bars(title: str, part: dict[str, Any]) -> Any:
     rows = [(v, row) for v, row in part["variants"].items() if "time_ratio" in row]
     figure, axes = plt.subplots(figsize=(9, 0.4 * len(rows) + 1.4))
     for place, (variant, row) in enumerate(reversed(rows)):
@@ -54,7 +60,7 @@ def _bars(name: str, part: dict[str, Any]) -> Any:
         axes.set_xscale("log")
     axes.margins(x=0.12)
     axes.set_xlabel("time by that of the compiled model, median and 95 % interval")
-    axes.set_title(f"SmolLM2-135M, {name}", fontsize=10)
+    axes.set_title(title, fontsize=10)
     return figure
 
 

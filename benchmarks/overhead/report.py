@@ -97,7 +97,12 @@ def tables(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[s
 def goals(result: dict[str, Any]) -> list[list[str]]:
     """[workload, what, goal, figure, interval, verdict] of everything that has a goal."""
     found = []
-    for name, part in result["sections"].get("real", {}).get("workloads", {}).items():
+    parts = [
+        (f"{label}: {name}", part)
+        for section, label in (("real", "SmolLM2-135M"), ("toy", "toy"))
+        for name, part in result["sections"].get(section, {}).get("workloads", {}).items()
+    ]
+    for name, part in parts:
         rows = part["variants"]
         for variant, goal in (GOALS_BUSY if "no idle" in name else GOALS).items():
             if "time_ratio" in rows.get(variant, {}):

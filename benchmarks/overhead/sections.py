@@ -24,6 +24,9 @@ from .workloads import KINDS, Bench, Workload
 log = logging.getLogger(__name__)
 
 
+COUNTS = ("graphs", "breaks", "recompiles", "kernels")
+
+
 @dataclass
 class Options:
     """What the command line chose."""
@@ -38,6 +41,8 @@ class Options:
     """Kinds of workload that the real model runs."""
     say: Callable[[str], None] = lambda text: None
     """Called with what is being done."""
+    keep: Callable[[str, dict[str, Any]], None] = lambda name, section: None
+    """Called with a section that has more than before, so that a run that is cut off keeps it."""
 
 
 def table(
@@ -70,8 +75,7 @@ def table(
             reference = output if reference is None else reference
             rows[variant.name] = {**measure.described(checked), "note": variant.note}
             if variant.counts_of in rows:
-                for count in ("graphs", "breaks", "recompiles", "kernels"):
-                    rows[variant.name][count] = rows[variant.counts_of][count]
+                rows[variant.name].update({count: rows[variant.counts_of][count] for count in COUNTS})
             alive.append(variant)
         number = rounds or options.rounds
         done = iter(range(1, number * len(alive) + 1))
@@ -102,10 +106,21 @@ def main_workloads(options: Options) -> list[Workload]:
 
 
 def real(options: Options) -> dict[str, Any]:
-    """All variants on SmolLM2-135M, then those that matter with no core idle."""
+    """All variants, other libraries too, on SmolLM2-135M; then those that matter with no core idle."""
     options.say("loading SmolLM2-135M")
     model, tokenizer = models.smollm(options.dtype, options.device)
     setup = Setup(model, options=options.compile_options, tokenizer=tokenizer)
+    return _compare("real", "SmolLM2-135M-Instruct", setup, options, options.with_peers and not options.quick)
+
+
+def toy(options: Options) -> dict[str, Any]:
+    """All variants of ours and of hooks on a toy, whose forward call is so short that fixed costs show."""
+    setup = Setup(models.toy(options.dtype, options.device), options=options.compile_options)
+    return _compare("toy", "toy, 4 layers of width 256", setup, options, False)
+
+
+def _compare(name: str, title: str, setup: Setup, options: Options, with_peers: bool) -> dict[str, Any]:
+    model = setup.model
     chosen = [
         variants.compiled(setup),
         *variants.ours(setup),
@@ -113,30 +128,33 @@ def real(options: Options) -> dict[str, Any]:
         variants.sampled(setup, 0.01),
         variants.plain(setup),
     ]
-    others: list[Variant] = []
-    missing: dict[str, str] = {}
     if not options.quick:
         chosen += [variants.hooked(setup, compiled=False), variants.hooked(setup, compiled=True)]
-        if options.with_peers:
-            others, missing = peers.peers(setup)
-    # Every variant is compiled anew for each kind of workload, 30 layers each time: some kinds have fewer.
-    fewer = {"decode-static": chosen[:7], "generate": [*chosen[:4], chosen[7]]}
+    others, missing = peers.peers(setup) if with_peers else ([], {})
+    # Every variant is compiled anew for each kind of workload, on the real model 30 layers each time: some have fewer.
+    fewer = {"decode-static": chosen[:7], "generate": [*chosen[:4], chosen[7]]} if name == "real" else {}
     found: dict[str, Any] = {}
+    section = {"model": title, "workloads": found}
     for workload in main_workloads(options):
         if workload.kind not in options.kinds:
             continue
-        found[workload.name] = table(fewer.get(workload.kind, chosen), workload, model, options)
-        if others and workload.kind == "prefill":
+        rows = found[workload.name] = table(fewer.get(workload.kind, chosen), workload, model, options)
+        options.keep(name, section)
+        if (others or missing) and workload.kind == "prefill":
             # Some of them take many times as long, so they get fewer rounds, and rounds of their own.
             few = table([chosen[0], *others], workload, model, options, rounds=3, missing=missing)
-            rows = few["variants"]
-            rows.pop(BASE)
-            found[workload.name]["variants"].update(rows)
-            found[workload.name]["rounds_of_peers"] = 3
+            del few["variants"][BASE]
+            rows["variants"].update(few["variants"])
+            rows["rounds_of_peers"] = 3
+            options.keep(name, section)
         if not options.quick and options.device == "cpu" and workload.kind in ("prefill", "decode-dynamic"):
             with measure.one_core():
-                found[f"{workload.name}, no idle core"] = table(chosen[:7], workload, model, options)
-    return {"model": "SmolLM2-135M-Instruct", "workloads": found}
+                busy = table(chosen[:7], workload, model, options)
+            for variant, row in busy["variants"].items():
+                row.update({count: rows["variants"][variant].get(count) for count in COUNTS})
+            found[f"{workload.name}, no idle core"] = busy
+            options.keep(name, section)
+    return section
 
 
 def kinds(options: Options) -> dict[str, Any]:
@@ -309,6 +327,7 @@ def lanes(options: Options) -> dict[str, Any]:
 
 SECTIONS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "real": real,
+    "toy": toy,
     "kinds": kinds,
     "shapes": shapes,
     "scaling": scaling,
