@@ -202,6 +202,8 @@ def _capture_of(vllm_config: Any) -> EngineCapture:
         raise InstrumentationError(
             f"the worker {WORKER} needs additional_config[{KEY!r}]: give vLLM all that engine_arguments returns"
         )
+    if settings["route"] == "plugin":
+        _restore_piecewise(vllm_config)
     _check_supported(vllm_config, settings["route"])
     vllm_config.additional_config = _Settings(vllm_config.additional_config)
     return EngineCapture(
@@ -363,6 +365,18 @@ def _check_supported(vllm_config: Any, route: Route) -> None:
             f"compilation_config.backend is {compilation.backend!r}, expected {BACKEND!r}: give vLLM the "
             f"compilation_config that engine_arguments returns"
         )
+
+
+def _restore_piecewise(vllm_config: Any) -> None:
+    """vLLM's CPU platform turns mode 3 into 2 to spare compile time; the plugin route needs 3, which works there."""
+    compilation, parallel = vllm_config.compilation_config, vllm_config.parallel_config
+    if int(compilation.mode) == 2 and vllm_config.device_config.device_type == "cpu":
+        compilation.mode = type(compilation.mode)(3)
+        compilation.splitting_ops = None
+        compilation.compile_sizes = compilation.compile_sizes or []
+        # vLLM's own pass for the older form names CUDA operators that its CPU build lacks.
+        compilation.inductor_compile_config["enable_auto_functionalized_v2"] = True
+        compilation.set_splitting_ops_for_v1(parallel.all2all_backend, parallel.data_parallel_size)
 
 
 def _place(vllm_config: Any) -> tuple[int, int] | None:
