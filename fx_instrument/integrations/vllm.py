@@ -270,16 +270,17 @@ class WorkerCapture:
         except BaseException:
             capture.sink.take()
             raise
-        batch, token_ids = _batch_of(self.model_runner)
-        order = [scheduled[name] for name in batch.req_ids if name in scheduled]
-        if len(order) == len(scheduled):
-            capture.store(order, token_ids)
-        else:
-            capture.switch_off(
-                InstrumentationError(
+        try:
+            batch, token_ids = _batch_of(self.model_runner)
+            order = [scheduled[name] for name in batch.req_ids if name in scheduled]
+            if len(order) != len(scheduled):
+                raise InstrumentationError(
                     f"vLLM's batch holds {len(order)} of {len(scheduled)} scheduled requests"
                 )
-            )
+        except Exception as error:
+            capture.switch_off(error)
+        else:
+            capture.store(order, token_ids)
         return output
 
     def _begin_step(self, scheduler_output: Any) -> dict[str, Scheduled]:

@@ -1,0 +1,65 @@
+"""Run by test_vllm.py in a process of its own: one offline vLLM engine that captures, told what to do by JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main(job: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+
+    from fx_instrument import HookConfig, HookGranularity, InstrumentationConfig
+    from fx_instrument.integrations.vllm import engine_arguments
+
+    config = InstrumentationConfig(
+        granularity=HookGranularity(job.get("granularity", "full_tensor")),
+        hook_config=HookConfig(target_layers=job.get("target_layers")),
+    )
+    options: dict[str, Any] = {
+        "dtype": "float32",
+        "max_model_len": 512,
+        "max_num_batched_tokens": 64,
+        "max_num_seqs": 8,
+        "enable_chunked_prefill": True,
+        "disable_log_stats": False,
+    }
+    options.update(job.get("engine", {}))
+    llm = LLM(job["model"], **engine_arguments(config, job["output"], **job.get("capture", {})), **options)
+    results = []
+    for requests in job["rounds"]:
+        sampling = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=request.get("max_tokens", 8),
+                ignore_eos=True,
+                extra_args=None if request.get("wish") is None else {"fx_instrument": request["wish"]},
+            )
+            for request in requests
+        ]
+        for request, output in zip(
+            requests, llm.generate([r["prompt"] for r in requests], sampling), strict=True
+        ):
+            results.append(
+                {
+                    "id": output.request_id,
+                    "wish": request.get("wish"),
+                    "prompt": list(output.prompt_token_ids),
+                    "output": list(output.outputs[0].token_ids),
+                }
+            )
+    reports = llm.collective_rpc("finish_capture")
+    counters = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+    return {
+        "results": results,
+        "reports": reports,
+        "preemptions": counters.get("vllm:num_preemptions"),
+        "prefix_hits": counters.get("vllm:prefix_cache_hits"),
+    }
+
+
+if __name__ == "__main__":
+    found = main(json.loads(Path(sys.argv[1]).read_text()))
+    Path(sys.argv[2]).write_text(json.dumps(found))
