@@ -34,6 +34,7 @@ KEY = "fx_instrument"
 """Of vLLM's additional_config, and of a request's extra arguments."""
 BACKEND = f"{__name__}.backend"
 WORKER = f"{__name__}.CaptureWorker"
+SHUTDOWN_TIMEOUT_S = 30
 # vLLM's CPU platform compiles with these, but sets them only for a backend of its own.
 _CPU_OPTIONS = {
     "dce": True,
@@ -115,6 +116,8 @@ def engine_arguments(
         "worker_cls": WORKER,
         "compilation_config": compilation,
         "additional_config": {KEY: settings},
+        # The engine's default is to kill its workers at once: what they hold for the file would be lost.
+        "shutdown_timeout": SHUTDOWN_TIMEOUT_S,
     }
 
 
@@ -125,6 +128,7 @@ def server_arguments(*args: Any, **kwargs: Any) -> list[str]:
         *("--worker-cls", arguments["worker_cls"]),
         *("--compilation-config", json.dumps(arguments["compilation_config"])),
         *("--additional-config", json.dumps(arguments["additional_config"])),
+        *("--shutdown-timeout", str(arguments["shutdown_timeout"])),
     ]
 
 
