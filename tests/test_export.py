@@ -252,3 +252,40 @@ def _without(package):
         return builtins.__import__(name, fromlist=["*"])
 
     return find
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npz", "zarr", "parquet", "arrow"])
+def test_every_bit_pattern_survives(tmp_path, suffix):
+    """All of bfloat16, NaN payloads among them, and records of nothing but negative zeros, bit for bit."""
+    pytest.importorskip({"npz": "numpy", "parquet": "pyarrow", "arrow": "pyarrow"}.get(suffix, suffix))
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    made = [
+        {MLP: bits.view(torch.bfloat16).reshape(1, 256, 256)},
+        {MLP: torch.full((1, 2, 256), -0.0, dtype=torch.bfloat16)},
+    ]
+    output = tmp_path / f"a.{suffix}"
+    with open_stream(write_stream(tmp_path / "a.stream", made)) as stream:
+        export_stream(stream, output)
+    for step, expected in enumerate(torch.stack(list(s.values())).reshape(-1) for s in made):
+        if suffix == "safetensors":
+            found = importlib.import_module("safetensors.torch").load_file(output)[f"{MLP}/{step}/0"]
+            stored = found.reshape(-1).view(torch.int16)
+        else:
+            if suffix == "npz":
+                values32 = np.load(output)[f"{MLP}/{step}/0"]
+            elif suffix == "zarr":
+                root = importlib.import_module("zarr").open_group(str(output), mode="r")
+                values32 = np.asarray(root[f"{MLP}/{step}.0"][...])
+            else:
+                datasets = pytest.importorskip("datasets", exc_type=ImportError)
+                if suffix == "parquet":
+                    table = datasets.Dataset.from_parquet(str(output), cache_dir=str(tmp_path / "cache"))
+                else:
+                    table = datasets.Dataset.from_file(str(output))
+                rows = table.filter(lambda row, step=step: row["step"] == step).with_format("numpy")
+                values32 = np.stack(list(rows["values"]))
+            assert values32.dtype == np.float32
+            wide = np.ascontiguousarray(values32).reshape(-1).view(np.uint32)
+            assert not (wide & 0xFFFF).any()
+            stored = torch.from_numpy((wide >> 16).astype(np.uint16).view(np.int16))
+        assert torch.equal(stored, expected.view(torch.int16))
