@@ -29,12 +29,20 @@ Bytes: TypeAlias = "bytes | bytearray | memoryview"
 
 FRAME_HEAD = struct.Struct("<II8sII")
 SKIPPABLE_MIN, SKIPPABLE_MAX = 0x184D2A50, 0x184D2A5F
-PROLOG, SITES, BLOCK, INDEX, VOID = 0x184D2A50, 0x184D2A51, 0x184D2A52, 0x184D2A53, 0x184D2A5F
+PROLOG, SITES, BLOCK, INDEX, FILL, VOID = (
+    0x184D2A50,
+    0x184D2A51,
+    0x184D2A52,
+    0x184D2A53,
+    0x184D2A5E,
+    0x184D2A5F,
+)
 TAGS = {
     PROLOG: b"FXSTREAM",
     SITES: b"FXSITES\0",
     BLOCK: b"FXBLOCK\0",
     INDEX: b"FXINDEX\0",
+    FILL: b"FXFILL\0\0",
     VOID: b"FXVOID\0\0",
 }
 TAIL = struct.Struct("<II8s")
@@ -93,6 +101,11 @@ def read_frame(data: memoryview, offset: int) -> Frame:
     if kind != VOID and zlib.crc32(body) != body_crc:
         raise CorruptStreamError(f"the frame at byte {offset} contradicts its checksum")
     return Frame(kind, offset, end, body)
+
+
+def write_fill(num_bytes: int) -> bytes:
+    """A frame of ``num_bytes`` that says nothing; empty for 0, else at least a frame head."""
+    return write_frame(FILL, bytes(num_bytes - FRAME_HEAD.size)) if num_bytes else b""
 
 
 def write_void_head(num_bytes: int) -> bytes:

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from .blocks import MAX_PAGE_BYTES
+from .direct import staging_bytes
 
 DEFAULT_MEMORY_BYTES = 64 << 20
 MIN_PAGE_BYTES = 16 << 10
@@ -28,7 +29,10 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        return (self.num_workers + self.last_help) * (WORKER_PAGES * self.page_bytes + WORKER_FIXED_BYTES)
+        workers = self.num_workers + self.last_help
+        return workers * (WORKER_PAGES * self.page_bytes + WORKER_FIXED_BYTES) + staging_bytes(
+            self.page_bytes
+        )
 
 
 def plan_memory(memory_bytes: int, num_workers: int | None, page_bytes: int | None) -> MemoryPlan:
@@ -45,7 +49,8 @@ def plan_memory(memory_bytes: int, num_workers: int | None, page_bytes: int | No
         while num_workers > 1 and num_workers * (WORKER_FIXED_BYTES + (WORKER_PAGES << 20)) > memory_bytes:
             num_workers -= 1
     if page_bytes is None:
-        room = (memory_bytes // num_workers - WORKER_FIXED_BYTES) // WORKER_PAGES
+        # Five quarters of a page bring blocks together for the disk, whoever writes.
+        room = 4 * (memory_bytes - num_workers * WORKER_FIXED_BYTES) // (4 * WORKER_PAGES * num_workers + 5)
         page_bytes = max(MIN_PAGE_BYTES, min(MAX_PAGE_BYTES, room // 4096 * 4096))
     plan = MemoryPlan(num_workers, page_bytes, True)
     fits = plan.total_bytes <= memory_bytes and num_workers < len(os.sched_getaffinity(0))

@@ -16,8 +16,9 @@ import numpy as np
 from ..errors import CaptureFailedError
 from .blocks import BlockHeader, Shape
 from .codec import PageEncoder, empty_frame, encode_directory
+from .direct import DirectWriter, fill_bytes
 from .files import open_file, start_writeback, sync, write_all
-from .frames import CODEC_CODES, SEGMENT_ID_BYTES, Prolog, write_sites
+from .frames import CODEC_CODES, SEGMENT_ID_BYTES, Prolog, write_fill, write_sites
 from .index import IndexRow, write_index
 from .memory import DEFAULT_MEMORY_BYTES, plan_memory
 from .open_pages import OpenPages
@@ -112,6 +113,7 @@ class StreamWriter:
             except BaseException:
                 self._close_file()
                 raise
+        self._direct = DirectWriter(self._fd, plan.page_bytes) if self._fd is not None else None
         self._workers: list[threading.Thread] = []
         for _ in range(plan.num_workers):
             self._start_worker()
@@ -364,12 +366,21 @@ class StreamWriter:
         if page.num_sites > self._sites_written:
             self._write([write_sites(self._sites[self._sites_written : page.num_sites], self._segment_id)])
             self._sites_written = page.num_sites
+        started_s = time.perf_counter()
+        direct = self._direct
+        if direct is not None and direct.wants(self.stored_bytes, encoded.payload_bytes + len(directory)):
+            self._write([write_fill(fill_bytes(self.stored_bytes))])
+        else:
+            direct = None
         offset = self.stored_bytes - self._segment_offset
         head = header.write(directory, offset, LEAD_BYTES)
-        started_s = time.perf_counter()
-        self._write([head, *encoded.pieces])
-        if self._fd is not None:
-            start_writeback(self._fd, self._segment_offset + offset, len(head) + encoded.payload_bytes)
+        if direct is not None:
+            num_bytes = len(head) + encoded.payload_bytes
+            self.stored_bytes += num_bytes + direct.append([head, *encoded.pieces], num_bytes)
+        else:
+            self._write([head, *encoded.pieces])
+            if self._fd is not None:
+                start_writeback(self._fd, self._segment_offset + offset, len(head) + encoded.payload_bytes)
         seconds = time.perf_counter() - started_s
         self.tiers.written(len(head) + encoded.payload_bytes, seconds)
         sites = records.sites()
