@@ -6,7 +6,8 @@ It needs vLLM (`make test-vllm` builds an environment).
 
 Engines are started one after the other, each in a process of its own, and stay; rounds go through them in turn, so
 that drift of the machine falls on all alike. An engine that is not measured sleeps in its process. Reported are the
-median over rounds of each variant's time divided by plain vLLM's of the same round, and the quartiles.
+medians over rounds of each variant's time divided by plain vLLM's of the same round, and the quartiles: of the wall
+clock, of the CPU time of the thread that runs the model, and of that of the whole process, compressors included.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+MEASURES = ("wall_s", "model_thread_cpu_s", "process_cpu_s")
 VARIANTS = {
     "plain": None,
     "nobody asks": ("requested", 0),
@@ -78,9 +80,10 @@ def serve(variant: str, arguments: argparse.Namespace, folder: Path) -> None:
             )
             for index in range(len(prompts))
         ]
-        started = time.perf_counter()
+        started = time.perf_counter(), time.thread_time(), time.process_time()
         llm.generate(prompts, sampling, use_tqdm=False)
-        print(time.perf_counter() - started, file=answers, flush=True)
+        ended = time.perf_counter(), time.thread_time(), time.process_time()
+        print(*(b - a for a, b in zip(started, ended, strict=True)), file=answers, flush=True)
     report = llm.collective_rpc("finish_capture")[0] if capture is not None else None
     print(json.dumps(report), file=answers, flush=True)
 
@@ -103,11 +106,11 @@ class Engine:
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
 
-    def round(self, seed: int) -> float:
+    def round(self, seed: int) -> dict[str, float]:
         assert self._process.stdin is not None
         self._process.stdin.write(f"{seed}\n")
         self._process.stdin.flush()
-        return float(self._read())
+        return dict(zip(MEASURES, map(float, self._read().split()), strict=True))
 
     def stop(self) -> dict[str, Any] | None:
         assert self._process.stdin is not None
@@ -145,37 +148,40 @@ def main() -> None:
         if arguments.pause:
             print("ready: press Enter to measure", file=sys.stderr, flush=True)
             sys.stdin.readline()
-        seconds: dict[str, list[float]] = {variant: [] for variant in engines}
+        seconds: dict[str, list[dict[str, float]]] = {variant: [] for variant in engines}
         for number in range(1, arguments.rounds + 1):
             order = list(engines)
             random.Random(number).shuffle(order)
             for variant in order:
                 seconds[variant].append(engines[variant].round(number))
-            latest = {variant: round(times[-1], 2) for variant, times in seconds.items()}
+            latest = {variant: round(times[-1]["wall_s"], 2) for variant, times in seconds.items()}
             print(f"round {number} of {arguments.rounds}: {latest}", file=sys.stderr, flush=True)
         reports = {variant: engine.stop() for variant, engine in engines.items()}
     show(arguments, seconds, reports)
     return None
 
 
-def show(arguments: argparse.Namespace, seconds: dict[str, list[float]], reports: dict[str, Any]) -> None:
+def show(
+    arguments: argparse.Namespace, seconds: dict[str, list[dict[str, float]]], reports: dict[str, Any]
+) -> None:
     import torch
     import vllm
 
-    figures = {}
-    for variant, times in seconds.items():
-        ratios = [a / b for a, b in zip(times, seconds["plain"], strict=True)]
-        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-        figures[variant] = {
-            "median_ratio": statistics.median(ratios),
-            "quartiles": [quartiles[0], quartiles[2]],
-            "median_s": statistics.median(times),
-            "seconds": times,
-        }
-        print(
-            f"{variant:12} {statistics.median(ratios):.3f}  [{quartiles[0]:.3f}, {quartiles[2]:.3f}]  "
-            f"{statistics.median(times):.2f} s"
-        )
+    figures: dict[str, Any] = {}
+    for variant, rounds in seconds.items():
+        figures[variant] = {}
+        for measure in MEASURES:
+            ratios = [a[measure] / b[measure] for a, b in zip(rounds, seconds["plain"], strict=True)]
+            quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+            figures[variant][measure] = {
+                "median_ratio": statistics.median(ratios),
+                "quartiles": [quartiles[0], quartiles[2]],
+                "seconds": [found[measure] for found in rounds],
+            }
+            print(
+                f"{variant:12} {measure:18} {statistics.median(ratios):.3f}  "
+                f"[{quartiles[0]:.3f}, {quartiles[2]:.3f}]  {statistics.median(r[measure] for r in rounds):.2f} s"
+            )
     if arguments.output is not None:
         processor = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
         record = {

@@ -258,8 +258,8 @@ class WorkerCapture:
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()  # type: ignore[misc]
-        if not self.capture.sink.fired:
-            # Engines that don't compile may start without running the model.
+        if int(self.vllm_config.compilation_config.mode) == 0:
+            # Engines that don't compile may start without running the model; all ranks run it, for its collectives.
             self.model_runner.profile_run()
         self.capture.check_fired(self.vllm_config.scheduler_config.max_num_batched_tokens)
         return times
