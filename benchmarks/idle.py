@@ -79,6 +79,11 @@ def child(variant: str, calls: int, count: bool) -> None:
             model(ids)
         gc.collect()
         gc.disable()
+        if count:
+            # Only from here on callgrind counts, and only between the toggles: import and tracing run at full speed.
+            subprocess.run(
+                ["callgrind_control", "-i", "on", str(os.getpid())], check=True, stdout=subprocess.DEVNULL
+            )
         for _ in range(2 if count else 0):
             torch._C._valgrind_toggle()
             for _ in range(calls):
@@ -90,7 +95,13 @@ def measure(variant: str, calls: int, folder: Path, environment: dict[str, str])
     """Instructions a call, in the first N and in the second N calls."""
     me = [sys.executable, str(Path(__file__).resolve()), "--calls", str(calls), "--child", variant]
     out = folder / variant.replace(" ", "-")
-    valgrind = ["valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={out}"]
+    valgrind = [
+        "valgrind",
+        "--tool=callgrind",
+        "--instr-atstart=no",
+        "--collect-atstart=no",
+        f"--callgrind-out-file={out}",
+    ]
     subprocess.run([*valgrind, "--quiet", *me, "--count"], env=environment, check=True)
     totals = []
     for number in (1, 2):

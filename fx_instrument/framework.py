@@ -190,7 +190,8 @@ class InstrumentationFramework:
             InstrumentationError: the model was changed after ``instrument_model``.
             BufferTooSmallError: ``max_memory_gb`` is less than the writer needs, or (in a forward call) less than
                 the values of one graph run.
-            OSError: the file can't be created; raised when the block is entered.
+            OSError: the file can't be created, or another capture is writing it (BlockingIOError: each rank needs a
+                path of its own); raised when the block is entered.
             ValueError: mode "a" and a file of another codec, model or sampling; raised when the block is entered.
             CaptureFailedError: a capture thread failed; raised when the block is left.
         """

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import stat
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # not POSIX
+    fcntl = None  # type: ignore[assignment]
 
 _IOV_MAX = 1000
 """The kernel takes 1024 pieces a call."""
@@ -19,12 +25,19 @@ def open_file(path: os.PathLike[str] | str, mode: str) -> tuple[int, int | None]
     Mode "w" puts a new file in the place of the old one instead of truncating it: a reader that has the old one
     mapped would die of SIGBUS. The old file's blocks are freed when its descriptor is closed, which takes the
     kernel .3 s a GB: a thread that nothing waits for may do it.
+
+    Raises:
+        BlockingIOError: another writer has the file open, in this process or another.
     """
     flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
     if mode == "x":
-        return os.open(path, flags | os.O_EXCL, 0o600), None
-    fd = os.open(path, flags, 0o600)
-    status = os.fstat(fd)
+        return _locked(os.open(path, flags | os.O_EXCL, 0o600), path), None
+    while True:
+        fd = _locked(os.open(path, flags, 0o600), path)
+        status = os.fstat(fd)
+        if status.st_nlink or not stat.S_ISREG(status.st_mode):
+            break
+        os.close(fd)  # another writer put its own file there between the two lines
     if not stat.S_ISREG(status.st_mode) or not status.st_size:
         return fd, None
     real = Path(path).resolve()
@@ -35,10 +48,48 @@ def open_file(path: os.PathLike[str] | str, mode: str) -> tuple[int, int | None]
         os.ftruncate(fd, 0)
         return fd, None
     try:
-        return os.open(real, flags | os.O_EXCL, 0o600), fd
+        return _locked(os.open(real, flags | os.O_EXCL, 0o600), path), fd
     except BaseException:
         os.close(fd)
         raise
+
+
+def lock_file(fd: int, path: os.PathLike[str] | str) -> None:
+    """Keep other writers out of a regular file; the lock goes with ``close_file``, or with the process.
+
+    Raises:
+        BlockingIOError: another writer has it; two ranks of a training run with one path between them, say.
+    """
+    if fcntl is None or not stat.S_ISREG(os.fstat(fd).st_mode):
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(
+            errno.EWOULDBLOCK,
+            "another capture is writing this file; give each process (each rank) a path of its own",
+            os.fspath(path),
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise  # else a file system without locks
+
+
+def close_file(fd: int) -> None:
+    """Close a file that ``lock_file`` locked; processes forked meanwhile hold the descriptor, not the lock."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
+
+
+def _locked(fd: int, path: os.PathLike[str] | str) -> int:
+    try:
+        lock_file(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def write_all(fd: int, views: list[memoryview]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CorruptStreamError, StreamError, TruncatedStreamError
+from .files import lock_file
 from .frames import FRAME_HEAD, write_void_head
 from .index import IndexRow
 from .records import Damage, SiteEntry
@@ -45,12 +46,14 @@ def resume_file(path: os.PathLike[str] | str, codec: str) -> Resumed | None:
         ValueError: the file has another codec.
         NotAStreamError: the file is no stream; it is left as it is.
         CorruptStreamError: a prolog is lost, or an earlier segment has no index: only recover=True reads it.
+        BlockingIOError: another writer has the file open.
     """
     try:
         fd = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
     except FileNotFoundError:
         return None
     try:
+        lock_file(fd, path)
         resumed = _resume(fd, codec)
     except StreamError as error:
         os.close(fd)

@@ -17,7 +17,7 @@ from ..errors import CaptureFailedError
 from .blocks import BlockHeader, Shape
 from .codec import PageEncoder, empty_frame, encode_directory
 from .direct import DirectWriter, fill_bytes
-from .files import open_file, start_writeback, sync, write_all
+from .files import close_file, open_file, start_writeback, sync, write_all
 from .frames import CODEC_CODES, SEGMENT_ID_BYTES, Prolog, write_fill, write_sites
 from .index import IndexRow, write_index
 from .memory import DEFAULT_MEMORY_BYTES, plan_memory
@@ -252,7 +252,7 @@ class StreamWriter:
     def _close_file(self) -> None:
         fd, self._fd = self._fd, None
         if fd is not None:
-            os.close(fd)
+            close_file(fd)
         self._close_replaced()
 
     def _close_replaced(self) -> None:
