@@ -99,6 +99,10 @@ class InstrumentationConfig:
     max_memory_gb: float = 1.0
     """The most host memory that buffering may hold, in GB (1e9 bytes)."""
     hook_config: HookConfig = field(default_factory=HookConfig)
+    strict_numerics: bool = False
+    """Keep the compiled model's outputs bit for bit what they are without captures, also where a captured value is one
+    that Inductor would not round to its dtype (blocks, norms, mixtures of experts); such graphs then run their captures
+    apart, which costs up to a second forward pass."""
     max_relative_error: float | None = None
     """None stores every bit. A number in (0, 1) lets each token's vector be off by so much of its length (L2), for
     float32, bfloat16 and float16; whatever can't be kept within it is stored exactly."""
@@ -116,6 +120,8 @@ class InstrumentationConfig:
             )
         _positive(self.target_throughput_gbps, "target_throughput_gbps")
         _positive(self.max_memory_gb, "max_memory_gb")
+        if not isinstance(self.strict_numerics, bool):
+            raise TypeError(f"strict_numerics must be a bool, got {self.strict_numerics!r}")
         if not isinstance(self.hook_config, HookConfig):
             raise TypeError(f"hook_config must be a HookConfig, got {self.hook_config!r}")
         if self.max_relative_error is not None:
@@ -135,6 +141,7 @@ class InstrumentationConfig:
             "compression_algorithm": self.compression_algorithm,
             "target_throughput_gbps": self.target_throughput_gbps,
             "max_memory_gb": self.max_memory_gb,
+            "strict_numerics": self.strict_numerics,
             "max_relative_error": self.max_relative_error,
             "hook_config": {
                 "sampling_rate": self.hook_config.sampling_rate,

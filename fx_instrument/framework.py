@@ -29,7 +29,7 @@ from .errors import (
 )
 from .exported import attach_program, rewrite_program
 from .graph.attach import Attachment, check_free, inner_module
-from .graph.backend import CaptureBackend, InnerBackend
+from .graph.backend import CaptureBackend, InnerBackend, needs_strictness
 from .graph.exported_call import ExportedAttachment
 from .graph.rewrite import Sampling
 from .graph.sites import Site, choose_sites
@@ -310,7 +310,8 @@ class InstrumentationFramework:
         hook_config = self.config.hook_config
         sampled = self.config.granularity is HookGranularity.SAMPLED_SLICES
         sampling = Sampling(hook_config.sampling_rate, hook_config.seed) if sampled else None
-        return CaptureBackend(attachment.marker, attachment.finder, sampling, inner, **options)
+        strict = self.config.strict_numerics and needs_strictness(inner)
+        return CaptureBackend(attachment.marker, attachment.finder, sampling, inner, strict=strict, **options)
 
     def _instrumented(self, caller: str) -> Attachment:
         attachment = self._attached(caller)

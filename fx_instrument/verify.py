@@ -31,6 +31,7 @@ class Certificate:
     problems: tuple[str, ...]
     model: str
     backend: str
+    strict_numerics: bool
     outputs_bit_equal: bool
     """Capturing against the same model compiled without this package."""
     max_output_difference: float
@@ -147,6 +148,7 @@ def verify_model(
         problems=(),
         model=type(model).__name__,
         backend=inner if isinstance(inner, str) else getattr(inner, "__name__", type(inner).__name__),
+        strict_numerics=config.strict_numerics,
         outputs_bit_equal=all(map(same_bits, outputs, captured_outputs)),
         max_output_difference=max(differences, default=0.0),
         idle_bit_equal=all(map(same_bits, outputs, idle_outputs)),
@@ -227,7 +229,8 @@ class _Recorder:
 
 def _problems(certificate: Certificate, found: str | None, sink: ComparingSink) -> Iterator[str]:
     if not certificate.outputs_bit_equal:
-        yield f"capturing changes the outputs by up to {certificate.max_output_difference:.3g}"
+        way_out = "" if certificate.strict_numerics else "; strict_numerics=True keeps them"
+        yield f"capturing changes the outputs by up to {certificate.max_output_difference:.3g}{way_out}"
     if not certificate.idle_bit_equal:
         yield "the outputs differ while nothing is captured"
     if len(set(certificate.num_graphs.values())) != 1:

@@ -19,6 +19,7 @@ from .marker import Cut, Marker, Sink, is_recomputing
 from .rewrite import Rewritten, Sampling, insert_captures
 from .shapes import SizeReader
 from .sites import Site
+from .strict import compile_strictly
 
 _STRANGE_MARK = (
     "a capture mark stands in the traced graph without a site: the model was changed after instrument_model; restore "
@@ -56,6 +57,7 @@ class CaptureBackend:
         sampling: sample inside the graph, or None for whole values.
         inner: what compiles the rewritten graph, a name that ``torch.compile`` knows or a callable.
         pack_on: kinds of device on which the values of small runs leave the graph together.
+        strict: keep the model's outputs bit for bit those of the graph without captures, at a price where it must.
         options: ``mode``, ``options`` and ``dynamic`` for the inner backend, as ``torch.compile`` takes them.
     """
 
@@ -67,6 +69,7 @@ class CaptureBackend:
         inner: InnerBackend,
         *,
         pack_on: Collection[str] = ("cuda",),
+        strict: bool = False,
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
         dynamic: bool | None = None,
@@ -76,6 +79,7 @@ class CaptureBackend:
         self._sampling = sampling
         self._inner = resolve_inner(inner, mode, options, dynamic)
         self._pack_on = pack_on
+        self._strict = strict
         self._replays = _replays(inner, mode, options)
         self.compiler_name = getattr(self._inner, "compiler_name", None) or str(inner)
 
@@ -95,9 +99,12 @@ class CaptureBackend:
         if rewritten is None:
             compiled: Compiled = self._inner(gm, example_inputs, **kwargs)
             return compiled
-        compiled = self._inner(
-            rewritten.gm, [example_inputs[index] for index in rewritten.arguments], **kwargs
-        )
+        inputs = [example_inputs[index] for index in rewritten.arguments]
+        plain = insert_captures(gm, lambda mark, token: False, None) if self._strict else None
+        if plain is not None:
+            compiled = compile_strictly(self._inner, plain.gm, rewritten, inputs, **kwargs)
+        else:
+            compiled = self._inner(rewritten.gm, inputs, **kwargs)
         return CapturedGraph(compiled, rewritten, sizes, self._marker, self._finder, self._replays)
 
     def reset(self) -> None:
@@ -120,6 +127,11 @@ class CaptureBackend:
         path = str(next(reversed(stack.values()))[0]) if stack else ""
         # A graph of the whole model runs for no other module, so there a sibling's value is never wanted.
         return path != f"L['self'].{site.name}" or self._finder.chosen(token) is not None
+
+
+def needs_strictness(inner: InnerBackend) -> bool:
+    """Whether captures may change what ``inner`` computes; these run each operation as it stands in the graph."""
+    return inner not in ("eager", "aot_eager")
 
 
 def resolve_inner(

@@ -1,0 +1,180 @@
+"""Captures that leave the compiled numbers alone: proven by the generated kernels, or taken from a run of their own.
+
+A captured value has to exist in its dtype. Where Inductor kept it wider inside a fused kernel (a bf16 block or norm
+output), the kernel then reads the rounded value, and the model's outputs change. So both graphs are compiled, with
+captures and without. Where Inductor wrote the same kernels, the captures changed nothing but what is returned, and
+that graph runs. Where it did not, the plain graph runs, and before it a graph that returns the captures alone:
+
+    plain      return (%logits,)                     what a model without captures runs
+    captures   return (%clone, ...)                  compiled as inference; computes what the captures need
+
+It costs what computing up to the last site costs, and changes nothing: inputs that the graph writes to (static caches,
+running statistics) are copied for it, random states are put back.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import fx
+
+from .nested import copy_graph
+from .rewrite import Rewritten
+
+log = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
+_IN_PLACE = frozenset(
+    {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv}
+    | {operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ipow, operator.imod}
+)
+
+
+def compile_strictly(
+    inner: Compiled, plain: fx.GraphModule, rewritten: Rewritten, inputs: Sequence[Any], **kwargs: Any
+) -> Compiled:
+    """A callable like ``inner(rewritten.gm, inputs)``, whose first outputs are bit for bit those of ``plain``."""
+    without, uncaptured = _compile(inner, plain, inputs, kwargs)
+    captured, capturing = _compile(inner, rewritten.gm, inputs, kwargs)
+    if without and without == captured:
+        log.debug("captures leave the %d kernels of a graph as they are", sum(without.values()))
+        return capturing
+    log.info("captures would change the kernels of a graph: they get a run of their own (strict_numerics)")
+    with torch.no_grad():
+        _, alone = _compile(inner, captures_alone(rewritten), inputs, kwargs)
+    devices = sorted({value.device.index for value in inputs if _is_on_cuda(value)})
+
+    def run(*args: Any) -> tuple[Any, ...]:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            values = alone(*args)
+        return (*uncaptured(*args), *values)
+
+    return run
+
+
+def captures_alone(rewritten: Rewritten) -> fx.GraphModule:
+    """The rewritten graph with the captures as its only outputs, and no effect on its arguments."""
+    graph, _ = copy_graph(rewritten.gm.graph)
+    copied = fx.GraphModule(rewritten.gm, graph, type(rewritten.gm).__name__)
+    copied.meta = rewritten.gm.meta.copy()
+    for name in ("_param_name_to_source", "_backend_id"):
+        if hasattr(rewritten.gm, name):
+            setattr(copied, name, getattr(rewritten.gm, name))
+    for old, new in zip(rewritten.gm.graph.nodes, graph.nodes, strict=True):
+        if (source := getattr(old, "_dynamo_source", None)) is not None:
+            new._dynamo_source = source
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    written = _written_arguments(copied)
+    output.args = (tuple(output.args[0][rewritten.num_outputs :]),)
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for placeholder in written:
+        with graph.inserting_before(first):
+            private = graph.call_function(torch.clone, (placeholder,))
+        private.meta = dict(placeholder.meta)
+        fake = placeholder.meta["example_value"]
+        with fake.fake_mode, torch.no_grad():
+            private.meta["example_value"] = fake.clone()
+        for user in list(placeholder.users):
+            if user is not private:
+                user.replace_input_with(placeholder, private)
+    graph.lint()
+    copied.recompile()
+    return copied
+
+
+def _written_arguments(gm: fx.GraphModule) -> list[fx.Node]:
+    """Arguments that the graph may write to, by the storage that they share with what is written."""
+    storages = {_storage(value) for node in gm.graph.nodes for value in _written(gm, node)} - {None}
+    found = []
+    for node in gm.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor) and (_storage(node) in storages or _version(value) > 0):
+            found.append(node)
+    return found
+
+
+def _written(gm: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
+    """The arguments that a node writes to."""
+    nodes = [argument for argument in node.args if isinstance(argument, fx.Node)]
+    out = node.kwargs.get("out")
+    if isinstance(out, fx.Node):
+        yield out
+    target: Any = node.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if node.op == "call_function" and isinstance(target, torch._ops.OpOverload):
+        for argument, value in zip(target._schema.arguments, node.args, strict=False):
+            if (
+                argument.alias_info is not None
+                and argument.alias_info.is_write
+                and isinstance(value, fx.Node)
+            ):
+                yield value
+    elif name in ("batch_norm", "instance_norm"):
+        yield from nodes[1:3]  # running statistics
+    elif node.op in ("call_function", "call_method") and nodes:
+        bodies = [getattr(gm, str(n.target), None) for n in nodes if n.op == "get_attr"]
+        if any(isinstance(body, fx.GraphModule) and _writes(body) for body in bodies):
+            yield from (argument for argument in nodes if argument.op != "get_attr")
+        in_place = name.endswith("_") and not name.endswith("__")
+        if target in _IN_PLACE or in_place or node.kwargs.get("inplace"):
+            yield nodes[0]
+
+
+def _writes(body: fx.GraphModule) -> bool:
+    return any(True for node in body.graph.nodes for _ in _written(body, node))
+
+
+def _storage(node: fx.Node) -> int | None:
+    value = node.meta.get("example_value")
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        return None
+    cdata: int = value.untyped_storage()._cdata
+    return cdata
+
+
+def _version(value: torch.Tensor) -> int:
+    return 0 if value.is_inference() else value._version
+
+
+def _is_on_cuda(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == "cuda"
+
+
+def _compile(
+    inner: Compiled, gm: fx.GraphModule, inputs: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[Counter[str], Compiled]:
+    """What ``inner`` makes of a graph, and the kernels that Inductor wrote for it; none if it wrote none."""
+    from torch._inductor.graph import GraphLowering  # loads Inductor, which other backends need not
+
+    codes: list[str] = []
+    # Called with what Inductor generates, and with what it finds in its caches.
+    with mock.patch.object(GraphLowering, "save_output_code", codes.append):
+        compiled = inner(gm, inputs, **kwargs)
+    return sum(map(kernels, codes), Counter()), compiled
+
+
+def kernels(code: str) -> Counter[str]:
+    """The kernels and library calls of a module that Inductor generated, without the names of their buffers.
+
+    A buffer that is returned as well can't be written over, so ``in_out_ptr`` becomes an input and an output; what is
+    computed stays the same.
+    """
+    found: Counter[str] = Counter()
+    for body in re.findall(r"'''(.*?)'''", code, flags=re.DOTALL):
+        # From the kernel's parameters on; before them stand includes and its name.
+        text = re.sub(r"(?:in_out|in|out)_ptr\d+", "ptr", body[body.find("{") :])
+        lines = (line.partition("//")[0].strip() for line in text.splitlines())
+        kept = (line for line in lines if line and line != "auto ptr = ptr;")
+        found["\n".join(re.sub(r"\btriton_\w*fused_\w+", "kernel", line) for line in kept)] += 1
+    for call in re.findall(r"\b(extern_kernels\.\w+|torch\.ops\.[\w.]+|aten\.[\w.]+)\(", code):
+        found[call] += 1
+    return found
