@@ -13,10 +13,11 @@ from architectures.subjects import all_subjects
 
 SUBJECTS = {f"{subject.family}.{subject.name}": subject for subject in all_subjects()}
 
-# One of each kind: no MLP module, in-place change, mixture with a router, no attention weights, torch's own.
-FAST = ["causal.opt", "causal.falcon", "causal.mixtral", "masked.fnet", "others.nn.MultiheadAttention"]
+# One of each kind: no MLP module, in-place change, no attention weights, torch's own; a mixture is in test_routers.
+FAST = ["causal.opt", "causal.falcon", "masked.fnet", "others.nn.MultiheadAttention"]
 
 SLOW = [
+    "causal.mixtral",
     "causal.llama",
     "causal.gpt2",
     "causal.bloom",
@@ -50,6 +51,22 @@ def test_one_call(name: str) -> None:
     result = check(subject)
     assert result.verdict in ("equal", "traced differs"), result
     assert result.runs["forward"].records
+
+
+@pytest.mark.parametrize(
+    ("name", "globs"),
+    [
+        ("causal.mixtral", ("model.layers.*.mlp", "model.layers.*.mlp.gate")),
+        pytest.param("causal.gpt_oss", ("**.mlp.router",), marks=pytest.mark.slow),
+        pytest.param("causal.jetmoe", ("**.mlp.router.layer",), marks=pytest.mark.slow),
+    ],
+)
+def test_routers(name: str, globs: tuple[str, ...]) -> None:
+    """A router is chosen by name, beside the output of its mixture; its value is a row of logits a token."""
+    subject = replace(SUBJECTS[name], runs={"forward": SUBJECTS[name].runs["forward"]}, globs=globs)
+    result = check(subject)
+    assert result.verdict in ("equal", "traced differs"), result
+    assert result.runs["forward"].records == 2 * len(globs)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.external_utils import wrap_inline
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import AlreadyInstrumentedError, InstrumentationError
@@ -28,6 +29,8 @@ from .marker import (
     take_token,
     unwrapped,
 )
+from .ops import ATTENTION_OPS, op_of
+from .scope import ScopeMarker
 from .sites import Site, find_siblings
 from .witness import Witness
 
@@ -49,15 +52,17 @@ class Attachment:
         self.model = inner
         self._outer = model if model is not inner else None
         self.sites = tuple(sites)
-        modules = {site.name: inner.get_submodule(site.name) for site in sites}
-        self._modules = {name: weakref.ref(module) for name, module in modules.items()}
-        self.marker = Marker({id(modules[site.name]): site for site in sites})
-        marked = {site: inner.get_submodule(site.name) for site in (*sites, *find_siblings(inner, sites))}
-        self._marked = tuple(marked.values())
-        self.finder = SiteFinder({site: give_token(module) for site, module in marked.items()}, sites)
+        marked = {site: op_of(inner, site.name) for site in (*sites, *find_siblings(inner, sites))}
+        self._modules = {site.name: weakref.ref(marked[site][0]) for site in sites}
+        self.marker = Marker({id(marked[site][0]): site for site in sites if marked[site][1] is None})
+        self._scope_marker = ScopeMarker(self.marker)
+        self._marked = tuple(module for module, _ in marked.values())
+        tokens = {site: give_token(module, is_op=op is not None) for site, (module, op) in marked.items()}
+        self.finder = SiteFinder(tokens, sites)
         self.gate = Gate()
         self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(self.marker) for module in self._marked
+            module.register_forward_hook(self.marker if op is None else self._scope_marker)
+            for module, op in marked.values()
         ]
         self._input_names = positional_names(inner)
         self._before: list[tuple[nn.Module, Any]] = []
@@ -68,7 +73,11 @@ class Attachment:
         """Compile the model in place, so that ``model(...)`` and ``model.generate(...)`` run the rewritten graph."""
         model = self.model
         options.update(isolation())
-        idle, capturing = (torch.compile(model._call_impl, backend=backend, **options) for _ in range(2))
+        call = model._call_impl
+        if any(site.name in ATTENTION_OPS for site in self.sites):
+            # Dynamo runs a root's hooks as Python; inside a function of its own the root is no root.
+            call = wrap_inline(call)
+        idle, capturing = (torch.compile(call, backend=backend, **options) for _ in range(2))
         for module in (model,) if self._outer is None else (model, self._outer):
             # In the instance's __dict__, as Module.compile leaves it; absent where only the class has it.
             self._before.append((module, module.__dict__.get("_compiled_call_impl")))
@@ -122,13 +131,15 @@ class Attachment:
         changed = []
         for name, reference in self._modules.items():
             try:
-                module = self.model.get_submodule(name)
+                module = op_of(self.model, name)[0]
             except AttributeError:
                 changed.append(f"{name} (gone)")
                 continue
             if module is not reference():
                 changed.append(f"{name} (replaced)")
-            elif not any(installed is self.marker for installed in module._forward_hooks.values()):
+            elif not any(
+                installed in (self.marker, self._scope_marker) for installed in module._forward_hooks.values()
+            ):
                 changed.append(f"{name} (its hooks were removed)")
         if self._before and not isinstance(self.model.__dict__.get("_compiled_call_impl"), CountedCall):
             changed.append("the model itself (compiled again after instrument_model)")
@@ -173,7 +184,9 @@ def check_free(model: nn.Module) -> None:
     """Raise if ``model``, or a module inside it, is instrumented already."""
     for name, module in inner_module(model).named_modules():
         for installed in module._forward_hooks.values():
-            if isinstance(installed, Marker) and installed.sites:
+            if (isinstance(installed, Marker) and installed.sites) or (
+                isinstance(installed, ScopeMarker) and installed.is_live
+            ):
                 raise AlreadyInstrumentedError(
                     f"{type(inner_module(model)).__name__} is instrumented already (at {name or 'its root'!r}); "
                     f"call restore(model) of the framework that instrumented it first"
@@ -333,4 +346,4 @@ def integer_inputs(
 
 def is_ours(installed: object) -> bool:
     """One of the hooks that an attachment installs."""
-    return isinstance(installed, (Marker, _BeginStep, _EndStep))
+    return isinstance(installed, (Marker, ScopeMarker, _BeginStep, _EndStep))

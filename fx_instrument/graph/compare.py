@@ -23,6 +23,7 @@ def difference(plain: fx.GraphModule, rewritten: fx.GraphModule) -> str | None:
     numbers: dict[fx.Node, int] = {}
     theirs = [node for node in plain.graph.nodes if node.op != "output"]
     plain_numbers = {node: number for number, node in enumerate(theirs)}
+    theirs = _in_order_of(rewritten, theirs)
     for node in rewritten.graph.nodes:
         if node.op == "output":
             continue
@@ -34,13 +35,25 @@ def difference(plain: fx.GraphModule, rewritten: fx.GraphModule) -> str | None:
             continue
         if found is not None:
             return f"node {len(numbers)} ({node.format_node()}): {found}"
-        numbers[node] = len(numbers)
+        numbers[node] = plain_numbers[theirs[len(numbers)]]
     if len(numbers) < len(theirs):
         return f"the original's {theirs[len(numbers)].format_node()} is missing"
     kept = outputs[: len(plain_outputs)]
     if _canonical(plain_outputs, plain_numbers) != _canonical(kept, numbers):
         return "the outputs are others than the original's"
     return None
+
+
+def _in_order_of(gm: fx.GraphModule, nodes: list[fx.Node]) -> list[fx.Node]:
+    """``nodes`` with their arguments in the order that those of the same names have in ``gm``.
+
+    A hook on the first module alone makes Dynamo meet a parameter before an input, or after it.
+    """
+    arguments = {node.target: node for node in nodes if node.op == "placeholder"}
+    order = [node.target for node in gm.graph.nodes if node.op == "placeholder"]
+    if len(order) != len(arguments) or set(order) != arguments.keys():
+        return nodes
+    return [arguments[target] for target in order] + [node for node in nodes if node.op != "placeholder"]
 
 
 def _outputs(gm: fx.GraphModule) -> Sequence[Any]:

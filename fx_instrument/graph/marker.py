@@ -77,16 +77,23 @@ class Sink(Protocol):
         """Take a copy of a value that was computed outside any graph."""
 
 
-def give_token(module: nn.Module) -> torch.Tensor:
-    """Give ``module`` a tensor of its own, which compiled graphs take as an argument; no parameter and no buffer."""
+_TOKENS = {False: "_fx_instrument_token", True: "_fx_instrument_op_token"}
+
+
+def give_token(module: nn.Module, *, is_op: bool = False) -> torch.Tensor:
+    """Give ``module`` a tensor of its own, which compiled graphs take as an argument; no parameter and no buffer.
+
+    The module and an op in it may both be sites, so each has a token.
+    """
     with torch.inference_mode(False):
         token = torch.empty(0, device="cpu")
-    module._fx_instrument_token = token
+    setattr(module, _TOKENS[is_op], token)
     return token
 
 
 def take_token(module: nn.Module) -> None:
-    module.__dict__.pop("_fx_instrument_token", None)
+    for name in _TOKENS.values():
+        module.__dict__.pop(name, None)
 
 
 def tap(value: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
@@ -112,7 +119,11 @@ def step_end() -> None:
     """Mark where a traced forward call of the model ends."""
 
 
-MARKS = (tap, step_begin, step_end)
+def op_scope(token: torch.Tensor) -> None:
+    """Mark where a module's forward ends of which an op is a site."""
+
+
+MARKS = (tap, step_begin, step_end, op_scope)
 """Everything that the hooks leave in a traced graph, and the pass takes out again."""
 
 for mark in MARKS:

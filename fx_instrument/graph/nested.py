@@ -24,6 +24,7 @@ from torch import fx
 
 from ..errors import RewriteError
 from .marker import MARKS, tap
+from .scope import plant_op_taps
 
 # Calls whose body runs once, on the operands behind it, and returns its outputs: what may get more of them.
 _LIFTABLE = frozenset(
@@ -80,6 +81,7 @@ def _lift_body(body: fx.GraphModule, call: fx.Node, name: str) -> tuple[fx.Graph
     """A copy of ``body`` that returns the values of its marks behind its own outputs."""
     copied = fx.GraphModule(body, copy_graph(body.graph)[0], type(body).__name__)
     copied.meta = body.meta.copy()
+    plant_op_taps(copied.graph)
     lift_marks(copied)
     graph = copied.graph
     marks = list(_marks(graph))

@@ -13,7 +13,9 @@ from torch import nn
 
 from ..sampling import positions
 from .marker import first_tensor
+from .ops import op_of
 from .rewrite import Sampling
+from .scope import seen_ops
 from .sites import Role, Site
 
 TOLERANCES = {"float64": 1e-6, "float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1}
@@ -49,9 +51,18 @@ def eager_values(twin: nn.Module, sites: Sequence[Site]) -> Iterator[dict[tuple[
 
         return hook
 
+    owners: dict[str, nn.Module] = {}
     for site in sites:
-        twin.get_submodule(site.name).register_forward_hook(hook_of(site.name))
-    yield values
+        module, op = op_of(twin, site.name)
+        if op is None:
+            module.register_forward_hook(hook_of(site.name))
+        else:
+            owners[site.name] = module
+    if not owners:
+        yield values
+        return
+    with seen_ops(owners, lambda name, value: hook_of(name)(twin, (), value)):
+        yield values
 
 
 class ComparingSink:

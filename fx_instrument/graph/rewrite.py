@@ -28,6 +28,7 @@ from ..errors import RewriteError
 from ..sampling import fold_seed, num_samples, place
 from .marker import MARKS, step_begin, tap
 from .nested import copy_graph, has_marks, lift_marks
+from .scope import plant_op_taps
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ def insert_captures(
     if not any(has_marks(child) for child in gm.modules() if isinstance(child, fx.GraphModule)):
         return None
     copy = _copy(gm)
+    plant_op_taps(copy.graph)
     lift_marks(copy)
     graph = copy.graph
     planned: list[Planned] = []

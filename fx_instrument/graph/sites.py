@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from ..config import HookGranularity, InstrumentationConfig
 from ..errors import NoSitesError
+from .ops import ATTENTION_OPS, find_op_sites, op_of
 
 Role = Literal["attention", "mlp", "block", "other"]
 
@@ -61,6 +62,8 @@ def choose_sites(model: nn.Module, config: InstrumentationConfig) -> tuple[Site,
             f"{type(model).__name__} has uninitialised lazy parameters: call it once before instrumenting"
         )
     roles = find_roles(model)
+    if "attention" not in roles.values():
+        roles = _in_order(model, {**roles, **dict.fromkeys(find_op_sites(model), "attention")})
     globs = config.hook_config.target_layers
     if globs is not None:
         return _sites_by_glob(model, tuple(globs), roles)
@@ -86,9 +89,18 @@ def find_roles(model: nn.Module) -> dict[str, Role]:
     found: dict[str, Role] = {}
     _walk(model, "", "", found)
     _last_projections(model, found)
-    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    return _in_order(model, found)
+
+
+def _in_order(model: nn.Module, roles: dict[str, Role]) -> dict[str, Role]:
+    """By module order; an op's site stands behind its module."""
+    order: dict[str, float] = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    for name in roles:
+        path, _, last = name.rpartition(".")
+        if name not in order and last in ATTENTION_OPS and path in order:
+            order[name] = order[path] + 0.5
     # A module with a second name is found under whichever comes first; named_modules knows only that one.
-    return {name: found[name] for name in sorted((n for n in found if n in order), key=order.__getitem__)}
+    return {name: roles[name] for name in sorted((n for n in roles if n in order), key=order.__getitem__)}
 
 
 def find_siblings(model: nn.Module, sites: Sequence[Site]) -> tuple[Site, ...]:
@@ -97,9 +109,12 @@ def find_siblings(model: nn.Module, sites: Sequence[Site]) -> tuple[Site, ...]:
     Where layers are compiled one by one, equal layers share a graph whether their modules carry a marker or not.
     With markers on the siblings too, a shared graph always delivers, and whose values it delivered decides.
     """
+    owners = {site: op_of(model, site.name) for site in sites}
     named = {name: module for name, module in model.named_modules() if name}
+    for op in {op for _, op in owners.values() if op is not None}:
+        named.update({f"{name}.{op}": module for name, module in tuple(named.items())})
     chosen = {site.name for site in sites}
-    kinds = {(re.sub(r"\d+", "#", site.name), type(named[site.name])): site.role for site in sites}
+    kinds = {(re.sub(r"\d+", "#", site.name), type(owners[site][0])): site.role for site in sites}
     found = []
     for name, module in named.items():
         role = kinds.get((re.sub(r"\d+", "#", name), type(module)))
@@ -298,6 +313,11 @@ def _sites_by_glob(model: nn.Module, globs: Sequence[str], roles: dict[str, Role
     names = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     chosen: set[str] = set()
     for glob in globs:
+        if glob.rpartition(".")[2] in ATTENTION_OPS:
+            ops = _ops_by_glob(model, glob)
+            chosen.update(ops)
+            roles = {**roles, **dict.fromkeys(ops, "attention")}
+            continue
         try:
             pattern = re.compile(_translate(glob))
         except re.error as error:
@@ -307,7 +327,29 @@ def _sites_by_glob(model: nn.Module, globs: Sequence[str], roles: dict[str, Role
         if not callable_matches:
             raise NoSitesError(_no_match(glob, matches, list(names)))
         chosen.update(first[id(names[name])] for name in callable_matches)
-    return tuple(Site(name, _glob_role(name, roles)) for name in names if name in chosen)
+    chosen_roles = {name: _glob_role(name, roles) for name in (*names, *sorted(chosen)) if name in chosen}
+    return tuple(Site(name, role) for name, role in _in_order(model, chosen_roles).items())
+
+
+def _ops_by_glob(model: nn.Module, glob: str) -> list[str]:
+    """The ops that a glob names; one that is spelt out is taken at its word, others must be seen in the code."""
+    path, _, op = glob.rpartition(".")
+    if not re.search(r"[*?[]", path):
+        try:
+            op_of(model, glob)
+        except AttributeError:
+            raise NoSitesError(
+                f"target_layers names an op of {path!r}, and there is no such module"
+            ) from None
+        return [glob]
+    pattern = re.compile(_translate(glob))
+    found = [name for name in find_op_sites(model) if pattern.fullmatch(name)]
+    if not found:
+        raise NoSitesError(
+            f"target_layers glob {glob!r}: no module's own forward is seen to call {op}; if one does, through code "
+            f"that can't be followed, spell its name out ('<module>.{op}'), or choose the module itself"
+        )
+    return found
 
 
 def _glob_role(name: str, roles: dict[str, Role]) -> Role:

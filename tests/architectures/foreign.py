@@ -1,4 +1,4 @@
-"""Models that Hugging Face did not write: torch's own layers, litgpt, x-transformers, bare functions.
+"""Models that Hugging Face did not write: torch's own layers, litgpt, x-transformers.
 
 litgpt and x-transformers are optional: ``pip install --no-deps litgpt lightning lightning-utilities torchmetrics
 x-transformers einops einx loguru torch-einops-utils frozendict``. Where they are missing their rows say so.
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from .check import Subject
 
@@ -124,42 +123,3 @@ def _x_vision() -> nn.Module:
 
     layers = Encoder(dim=WIDTH, depth=2, heads=HEADS, attn_dim_head=8)
     return ViTransformerWrapper(image_size=32, patch_size=8, num_classes=10, attn_layers=layers)
-
-
-class BareBlock(nn.Module):
-    """A layer whose attention and MLP are bare functions on its own parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Parameter(torch.randn(3 * WIDTH, WIDTH) * 0.1)
-        self.out = nn.Parameter(torch.randn(WIDTH, WIDTH) * 0.1)
-        self.up = nn.Parameter(torch.randn(64, WIDTH) * 0.1)
-        self.down = nn.Parameter(torch.randn(WIDTH, 64) * 0.1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + functional.linear(bare_attention(functional.linear(x, self.qkv)), self.out)
-        return x + functional.linear(functional.gelu(functional.linear(x, self.up)), self.down)
-
-
-def bare_attention(qkv: torch.Tensor) -> torch.Tensor:
-    batch, tokens, width = qkv.shape
-    query, key, value = (t.reshape(batch, tokens, HEADS, -1).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
-    out = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-    return out.transpose(1, 2).reshape(batch, tokens, width // 3)
-
-
-class BareModel(nn.Module):
-    """A decoder of ``BareBlock``s: no module in it is an attention or an MLP."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.layers = nn.ModuleList(BareBlock() for _ in range(2))
-        self.head = nn.Linear(WIDTH, VOCABULARY)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.embed(ids)
-        for layer in self.layers:
-            x = layer(x)
-        logits: torch.Tensor = self.head(x)
-        return logits

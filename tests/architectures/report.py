@@ -33,6 +33,20 @@ tracing alone changes bits; instrumented. A verdict is about all sites, all step
 are those of the compiled model (the capturing one has as many); *breaks* are Dynamo's, without us. A record is one
 value of one site in one step; *eager* ones ran behind a graph break. A layer is *complete* if it has an attention (or
 the mixer in its place) and an MLP (or mixture of experts), or one of them and no other weights.
+
+**Mixtures of experts.** transformers 5 keeps all experts of a layer in one module, so the site is the mixture's output
+(role MLP). Routers are chosen by name, `HookConfig(target_layers=["model.layers.*.mlp.gate"])`; their value is the
+first tensor that they return. Looked at in 16 families, that is the logits before top-k, (batch * tokens, experts), in
+Mixtral, Qwen2 and Qwen3 MoE, DeepSeek V2 and V3, OLMoE, GLM-4 MoE, MiniMax, Ernie 4.5 MoE, HunYuan MoE (`mlp.gate`),
+gpt-oss, Phi-MoE (`mlp.router`), Granite MoE (`block_sparse_moe.router`) and DBRX (`ffn.router`). Llama 4
+(`feed_forward.router`) returns the chosen experts' scores, zeros elsewhere. JetMoE's router returns an index first:
+choose the projection in it, `**.router.layer`.
+
+**Attention without a module.** Where no module is an attention, `scaled_dot_product_attention` called in a module's own
+forward is the site, `<module>.scaled_dot_product_attention`: the op's output, heads side by side. Globs that end
+in that name choose it in any model (`model.layers.*.self_attn.scaled_dot_product_attention` where the code shows the
+call, or spelt out). `framework.plan` shows such sites; `tests/test_ops.py` compares them with the op bit by bit. A call
+behind a graph break, or in a module that is compiled by itself, is not captured, and the capture says so.
 """
 
 
