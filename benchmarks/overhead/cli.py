@@ -37,6 +37,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
     type=click.Choice(KINDS),
     help="Only this kind of workload on the real model; may be given several times.",
 )
+@click.option("--variant", "names", multiple=True, help="Only variants whose name holds this text, e.g. FX.")
 @click.option(
     "--rounds", type=click.IntRange(min=1), help="Interleaved rounds of each workload [7, quick 5]."
 )
@@ -54,6 +55,7 @@ def main(
     quick: bool,
     only: tuple[str, ...],
     kinds: tuple[str, ...],
+    names: tuple[str, ...],
     rounds: int | None,
     dtype: str,
     device: str,
@@ -83,16 +85,17 @@ def main(
         compile_options={"mode": mode} if mode else {},
         with_peers=not no_peers,
         kinds=kinds or KINDS,
+        variants=names,
     )
     result = begin(output, bool(only), today, device)
     result["dtype"] = dtype
     console = Console()
-    names = only or (sections.QUICK if quick else tuple(sections.SECTIONS))
+    parts = only or (sections.QUICK if quick else tuple(sections.SECTIONS))
     with _progress() as progress:
-        task = progress.add_task("", total=len(names))
+        task = progress.add_task("", total=len(parts))
         options.say = lambda text: progress.update(task, description=text)
         options.keep = lambda name, section: keep(result, name, section, output)
-        for name in names:
+        for name in parts:
             add(result["sections"], name, sections.run(name, options))
             progress.advance(task)
             write(result, output)

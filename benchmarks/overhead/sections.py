@@ -39,6 +39,8 @@ class Options:
     with_peers: bool = True
     kinds: Sequence[str] = KINDS
     """Kinds of workload that the real model runs."""
+    variants: Sequence[str] = ()
+    """Only variants whose names hold one of these, beside the base; all if empty."""
     say: Callable[[str], None] = lambda text: None
     """Called with what is being done."""
     keep: Callable[[str, dict[str, Any]], None] = lambda name, section: None
@@ -94,14 +96,15 @@ def table(
     return {"workload": asdict(workload), "rounds": number, "variants": rows}
 
 
-def main_workloads(options: Options) -> list[Workload]:
+def main_workloads(options: Options, times: int = 1) -> list[Workload]:
+    """``times`` as many steps for a model whose steps are short: opening and closing a block takes milliseconds."""
     if options.quick:
-        return [Workload("prefill", 4, 128, 2), Workload("decode-dynamic", 4, 32, 16)]
+        return [Workload("prefill", 4, 128, 2 * times), Workload("decode-dynamic", 4, 32, 16 * times)]
     return [
-        Workload("prefill", 4, 128, 4),
-        Workload("decode-static", 4, 32, 32),
-        Workload("decode-dynamic", 4, 32, 32),
-        Workload("generate", 4, 32, 32),
+        Workload("prefill", 4, 128, 4 * times),
+        Workload("decode-static", 4, 32, 32 * times),
+        Workload("decode-dynamic", 4, 32, 32 * times),
+        Workload("generate", 4, 32, 32 * times),
     ]
 
 
@@ -131,14 +134,21 @@ def _compare(name: str, title: str, setup: Setup, options: Options, with_peers: 
     if not options.quick:
         chosen += [variants.hooked(setup, compiled=False), variants.hooked(setup, compiled=True)]
     others, missing = peers.peers(setup) if with_peers else ([], {})
+
+    def wanted(those: Sequence[Variant]) -> list[Variant]:
+        parts = options.variants
+        return [v for v in those if v.name == BASE or not parts or any(part in v.name for part in parts)]
+
     # Every variant is compiled anew for each kind of workload, on the real model 30 layers each time: some have fewer.
     fewer = {"decode-static": chosen[:7], "generate": [*chosen[:4], chosen[7]]} if name == "real" else {}
     found: dict[str, Any] = {}
     section = {"model": title, "workloads": found}
-    for workload in main_workloads(options):
+    for workload in main_workloads(options, 1 if name == "real" else 8):
         if workload.kind not in options.kinds:
             continue
-        rows = found[workload.name] = table(fewer.get(workload.kind, chosen), workload, model, options)
+        rows = found[workload.name] = table(
+            wanted(fewer.get(workload.kind, chosen)), workload, model, options
+        )
         options.keep(name, section)
         if (others or missing) and workload.kind == "prefill":
             # Some of them take many times as long, so they get fewer rounds, and rounds of their own.
@@ -149,7 +159,7 @@ def _compare(name: str, title: str, setup: Setup, options: Options, with_peers: 
             options.keep(name, section)
         if not options.quick and options.device == "cpu" and workload.kind in ("prefill", "decode-dynamic"):
             with measure.one_core():
-                busy = table(chosen[:7], workload, model, options)
+                busy = table(wanted(chosen[:7]), workload, model, options)
             for variant, row in busy["variants"].items():
                 row.update({count: rows["variants"][variant].get(count) for count in COUNTS})
             found[f"{workload.name}, no idle core"] = busy
