@@ -120,6 +120,7 @@ def begin(output: Path, adds: bool, today: str, device: str) -> dict[str, Any]:
         "date": today,
         "machine": report.machine(device),
         "versions": report.versions(),
+        "notes": result.get("notes", []),
         **{key: result[key] for key in ("commands", "sections")},
     }
 

@@ -197,6 +197,8 @@ def machine(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_gb": round(memory / 1e9, 1),
         "system": platform.platform(),
+        # Far above the number of threads, something else was running: then intervals are wide.
+        "load_average": round(os.getloadavg()[1], 1),
     }
 
 
