@@ -563,3 +563,14 @@ def test_an_engine_says_whose_rows(tmp_path: Path) -> None:
         first, second = (stream.read("layers.0.mlp", step)[0] for step in range(2))
         assert torch.equal(x.tensor(), torch.cat([first[:3], second[1:2]]))
         assert torch.equal(y.tensor(), torch.cat([first[3:5], second[:1]]))
+
+
+def test_nothing_captured_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward calls that deliver nothing switch the recorder off instead of leaving an empty file in silence."""
+    model, framework = instrumented()
+    monkeypatch.setattr(Session, "deliver", lambda self, ticket, *_: self.cancel(ticket))
+    with Recorder(framework, tmp_path / "r", min_free_bytes=0) as recorder:
+        for _ in range(101):
+            model(tokens(1, 4))
+        until(lambda: not recorder.active)
+        assert "delivered no value" in str(recorder.report.last_failure)

@@ -340,15 +340,8 @@ class Recorder:
 
     def _check_file(self, lane: Lane) -> None:
         """Raise what stands against writing on."""
-        if lane.session.failure is not None:
-            raise lane.session.failure
         self._folder.check_there()
-        try:
-            inode = lane.path.stat().st_ino
-        except FileNotFoundError:
-            raise FileNotFoundError(f"the file {lane.path} was deleted while it was written") from None
-        if inode != lane.inode:
-            raise FileNotFoundError(f"the file {lane.path} was replaced while it was written")
+        lane.check()
         self._check_room()
         self._framework._attached("Recorder").check_unchanged()
 

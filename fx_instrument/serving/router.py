@@ -13,9 +13,13 @@ from typing import Any
 import torch
 
 from ..capture.session import Session
+from ..errors import InstrumentationError
 from ..graph.marker import Cut
 from ..graph.sites import Site
 from .tags import Request, RowSource, SourcedRows, current_request, tagged
+
+_SILENT_STEPS = 100
+"""After so many forward calls without a single value something is wrong: an empty file would grow in silence."""
 
 
 class Lane:
@@ -29,6 +33,22 @@ class Lane:
         self.failed = False
         self.introduced: set[int] = set()  # numbers of the requests that the file has named
         self.session: Session
+
+    def check(self) -> None:
+        """Raise what stands against writing on: a failure, a file that is gone, or nothing to write."""
+        if self.session.failure is not None:
+            raise self.session.failure
+        try:
+            inode = self.path.stat().st_ino
+        except FileNotFoundError:
+            raise FileNotFoundError(f"the file {self.path} was deleted while it was written") from None
+        if inode != self.inode:
+            raise FileNotFoundError(f"the file {self.path} was replaced while it was written")
+        report = self.session.report
+        if report.steps > _SILENT_STEPS and not (report.records or report.dropped_records):
+            raise InstrumentationError(
+                f"{report.steps} forward calls have delivered no value of any site: the model runs past the capture"
+            )
 
 
 @dataclass
