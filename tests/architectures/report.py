@@ -56,13 +56,17 @@ def markdown(results: list[dict[str, Any]], order: list[tuple[str, str]]) -> str
     known = [by_key[key] for key in order if key in by_key]
     parts = [HEAD, _versions(known)]
     families = [family for family in TITLES if any(result["family"] == family for result in known)]
-    parts.append("| | models | run eagerly and traced | captured exactly | share |\n|---|---|---|---|---|")
+    parts.append(
+        "| | in the list | run here | run eagerly and traced | captured exactly | share of those |"
+        "\n|---|---|---|---|---|---|"
+    )
     for family in families:
         rows = [result for result in known if result["family"] == family]
         able = [result for result in rows if result["verdict"] not in ("not eager", "not traced")]
         good = [result for result in able if result["verdict"] in GOOD]
         share = f"{100 * len(good) / len(able):.1f} %" if able else "-"
-        parts[-1] += f"\n| {TITLES[family]} | {len(rows)} | {len(able)} | {len(good)} | {share} |"
+        listed = sum(1 for key in order if key[0] == family)
+        parts[-1] += f"\n| {TITLES[family]} | {listed} | {len(rows)} | {len(able)} | {len(good)} | {share} |"
     for family in families:
         rows = [result for result in known if result["family"] == family]
         missing = sum(1 for key in order if key[0] == family) - len(rows)
