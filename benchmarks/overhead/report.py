@@ -166,6 +166,7 @@ def markdown(result: dict[str, Any]) -> str:
         "intervals are 95 % bootstrap. Time includes opening and leaving the capture block (drain, index, fsync).",
         "",
     ]
+    lines += [line for note in result.get("notes", ()) for line in (note, "")]
     if found := goals(result):
         lines += [
             "## Goals",
