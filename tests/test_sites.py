@@ -30,6 +30,11 @@ def test_granularities_choose_roles() -> None:
         assert [site.name for site in choose_sites(model, InstrumentationConfig(granularity))] == expected
 
 
+def test_experts_are_no_sites_of_their_own() -> None:
+    """A mixture's value is its module's; the expert stack inside it is no stack of layers without sites."""
+    assert set(find_roles(make(Shape(depth=1, experts=3)))) == {"layers.0.self_attn", "layers.0.mlp"}
+
+
 ARCHITECTURES = {
     "llama": ("layers.{}.self_attn", "layers.{}.mlp"),
     "gpt2": ("h.{}.attn", "h.{}.mlp"),

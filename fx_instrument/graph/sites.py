@@ -268,7 +268,10 @@ def _last_projections(model: nn.Module, found: dict[str, Role]) -> None:
 def _siteless_layers(model: nn.Module, found: dict[str, Role]) -> Iterator[str]:
     """Layers of a stack without any site that widen and narrow again: FNet's, whose mixing has no weights."""
     for stack, layers in model.named_modules():
-        if not isinstance(layers, nn.ModuleList) or any(name.startswith(f"{stack}.") for name in found):
+        if not isinstance(layers, nn.ModuleList):
+            continue
+        # Neither a stack with a site in it, nor one inside a site: a mixture's experts.
+        if any(name.startswith(f"{stack}.") or stack.startswith(f"{name}.") for name in found):
             continue
         for key, layer in layers.named_children():
             shapes = {name: _matrix_shape(m) for name, m in layer.named_modules() if _is_projection(m)}
