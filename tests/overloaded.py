@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from loud import instrumented, step_input
+from memory import resident
 
 from fx_instrument.capture.budget import HostBudget
 from fx_instrument.capture.drain import RECORD_OVERHEAD_BYTES
@@ -71,14 +72,6 @@ class Brake:
         with self._changed:
             self.released = True
             self._changed.notify_all()
-
-
-def resident(field: str) -> int:
-    """``VmRSS`` or ``VmHWM`` of this process in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(field)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -294,12 +295,13 @@ def test_resident_memory_does_not_grow_with_the_file(tmp_path):
     path = write_stream(tmp_path / "a.stream", [step] * 48, codec="none")
     assert path.stat().st_size > 192 << 20
     program = f"""
-import os, resource
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from memory import resident
 from fx_instrument import analyze_activations
-resident = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-before = resident()
+before = resident("VmHWM")
 analyze_activations({str(path)!r})
-print(resident() - before)
+print(resident("VmHWM") - before)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 96 << 20

@@ -52,9 +52,10 @@ def make_right(data: bytearray) -> None:
 
 
 FUZZES = """
-import random, resource, sys, tracemalloc
+import random, sys, tracemalloc
 from pathlib import Path
 import test_stream_damage as damage
+from memory import resident
 from test_stream_fuzz import mutated
 from stream_files import CODECS, small_samples, write
 
@@ -72,7 +73,7 @@ for _ in range(count):
     before = tracemalloc.get_traced_memory()[0]
     damage.read_everything(data)
     worst = max(worst, tracemalloc.get_traced_memory()[1] - before)
-print(worst, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(worst, resident("VmHWM"))
 """
 
 
