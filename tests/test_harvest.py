@@ -77,18 +77,29 @@ def test_a_killed_process(tmp_path: Path) -> None:
     """What had reached the file of a killed process is kept, as whole batches; collecting ends its file."""
     script = """
         import os, sys, time
+        from pathlib import Path
         sys.path.insert(0, sys.argv[2])
         import torch
+        from fx_instrument import open_stream
         from test_harvest import instrumented
         from models import tokens
         from fx_instrument.harvest import Harvest
         model, framework = instrumented()
+
+        def is_stored():
+            # Inputs have a page of their own, which may be written later than the first values.
+            if harvest._capture.report.stored_bytes < 500_000:
+                return False
+            (path,) = Path(sys.argv[1]).glob("*.stream")
+            with open_stream(path, recover=True) as stream:
+                return bool(stream.num_steps and stream.inputs(0))
+
         with torch.no_grad(), Harvest(framework, sys.argv[1]) as harvest:
             for batch in range(60):
                 with harvest.batch([f"{batch}-{row}" for row in range(8)]):
                     model(tokens(8, 32, seed=batch))
                 if batch == 50:
-                    while harvest._capture.report.stored_bytes < 500_000:
+                    while not is_stored():
                         time.sleep(0.01)
                     print("ready", flush=True)
             time.sleep(600)
