@@ -13,7 +13,7 @@ help:
 	@echo "make demo    capture a real SmolLM2-135M; report, table and picture in demo_output/"
 	@echo "make test    run the tests (PYTEST_ARGS='-m slow' for the long ones)"
 	@echo "make test-servers  transformers serve, FastAPI, LitServe and Ray, started and asked"
-	@echo "make bench   what capturing costs: table, JSON and plots in benchmarks/results (BENCH_ARGS='--quick' in 3 minutes)"
+	@echo "make bench   what capturing costs: table, JSON and plots in benchmarks/results (BENCH_ARGS='--quick' for less)"
 	@echo "make test-vllm  a real vLLM engine on CPU, in an environment of its own (3.5 GB, 15 minutes)"
 	@echo "make check   formatter, linter, type checker, tests"
 	@echo "make format  let ruff rewrite what it can"

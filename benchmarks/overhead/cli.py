@@ -23,7 +23,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--quick", is_flag=True, help="Fewer variants, workloads and rounds: about 3 minutes.")
+@click.option("--quick", is_flag=True, help="Fewer variants, workloads and rounds.")
 @click.option(
     "--only",
     multiple=True,
