@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .capture.session import Session
+from .capture.transfer import device_of
 from .capture_block import open_session
 from .config import InstrumentationConfig
 from .errors import BufferTooSmallError, InstrumentationError
@@ -303,7 +304,8 @@ class EngineCapture(InstrumentationFramework):
                 planner.announce_again(group)
             for sites, sources in _pieces(values, len(rows), self._piece_bytes):
                 num_bytes = sum(source[0].nbytes for source in sources) * len(rows)
-                ticket = session.reserve(sites, num_bytes)
+                device = device_of(sources)
+                ticket = session.reserve(sites, 0 if device is not None else num_bytes, device=device)
                 kept = () if ticket.dropped else [_gather(source, rows, total) for source in sources]
                 session.deliver(ticket, sites, kept, None)
         finally:
