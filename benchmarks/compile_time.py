@@ -1,6 +1,6 @@
 """How long the capturing variant takes to compile, against the plain model: Dynamo, Inductor and the C++ compiler.
 
-    OMP_NUM_THREADS=1 python benchmarks/compile_time.py [--model smollm|toy] [--rounds N] [--json FILE]
+    OMP_NUM_THREADS=1 python -m benchmarks.compile_time [--model smollm|toy] [--rounds N] [--json FILE]
 
 Every figure is one process: the first call of a model that was never compiled on this machine, with all of torch's
 caches switched off, less the second call. Rounds run plain and capturing one after the other, in an order that
@@ -22,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from .machine import processor
 
 LENGTH = 32
 
@@ -99,7 +101,7 @@ def measure(name: str, capturing: bool) -> dict[str, float]:
                 filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
             ),
         }
-        me = [sys.executable, str(Path(__file__).resolve()), "--model", name, "--child"]
+        me = [sys.executable, "-m", "benchmarks.compile_time", "--model", name, "--child"]
         command = [*me, "capturing" if capturing else "plain"]
         done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -138,12 +140,12 @@ def main() -> None:
         if arguments.json:
             # Written after every round, so that a run that is cut short leaves what it measured.
             result = {
-                "command": f"OMP_NUM_THREADS=1 python benchmarks/compile_time.py --model {arguments.model} "
+                "command": f"OMP_NUM_THREADS=1 python -m benchmarks.compile_time --model {arguments.model} "
                 f"--rounds {arguments.rounds}",
                 "model": arguments.model,
                 "median_ratio": ratios,
                 "rounds": rounds,
-                "cpu": cpu_name(),
+                "cpu": processor(),
                 "versions": {
                     "python": platform.python_version(),
                     "torch": torch.__version__,
@@ -152,13 +154,6 @@ def main() -> None:
             }
             arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     print(f"median of {len(rounds)}: wall {ratios['wall']:.3f}, CPU {ratios['cpu']:.3f}")
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What an instrumented model costs outside a capture block, in instructions, under valgrind's callgrind.
 
-    python benchmarks/idle.py [--calls N] [--json FILE]
+    python -m benchmarks.idle [--calls N] [--json FILE]
 
 Each variant runs in a process of its own under callgrind, which counts only while the compiled model is called:
 N calls, then N more. Both counts are divided by N, and their difference shows how well they repeat; the figure is the
@@ -27,6 +27,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from .machine import processor
 
 VARIANTS = ("compiled", "instrumented", "after a block")
 LENGTH = 16
@@ -93,7 +95,7 @@ def child(variant: str, calls: int, count: bool) -> None:
 
 def measure(variant: str, calls: int, folder: Path, environment: dict[str, str]) -> list[int]:
     """Instructions a call, in the first N and in the second N calls."""
-    me = [sys.executable, str(Path(__file__).resolve()), "--calls", str(calls), "--child", variant]
+    me = [sys.executable, "-m", "benchmarks.idle", "--calls", str(calls), "--child", variant]
     out = folder / variant.replace(" ", "-")
     valgrind = [
         "valgrind",
@@ -160,13 +162,13 @@ def main() -> None:
     plain = figures["compiled"][1]
     if arguments.json:
         result = {
-            "command": "python benchmarks/idle.py " + " ".join(sys.argv[1:]),
+            "command": "python -m benchmarks.idle " + " ".join(sys.argv[1:]),
             "model": "Llama, 4 layers, width 256, one call of 16 tokens, fp32",
             "calls": arguments.calls,
             "instructions_per_call": {variant: totals[1] for variant, totals in figures.items()},
             "added_per_call": {variant: totals[1] - plain for variant, totals in figures.items()},
             "ratio": {variant: totals[1] / plain for variant, totals in figures.items()},
-            "cpu": cpu_name(),
+            "cpu": processor(),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -177,13 +179,6 @@ def main() -> None:
             },
         }
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Capturing beside llm-instrumentation 1.3.1, a hook-based system: the same values, one process, interleaved rounds.
 
     pip install --no-deps --target peer llm-instrumentation==1.3.1 aiofiles
-    OMP_NUM_THREADS=1 PYTHONPATH=peer python benchmarks/peer.py [--synthetic] [--values FILE] [--only GLOB]
+    OMP_NUM_THREADS=1 PYTHONPATH=peer python -m benchmarks.peer [--synthetic] [--values FILE] [--only GLOB]
         [--json FILE]
 
 The values are those of ``benchmarks/stream.py``: attention and MLP outputs of SmolLM2-135M. Both sides begin where a
@@ -39,7 +39,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from stream import Data, Described, Meter, Step, kept_data, repeated, synthetic_data, versions
 from torch import nn
 
 from fx_instrument.capture.session import Session
@@ -47,6 +46,8 @@ from fx_instrument.graph.sites import Site
 from fx_instrument.stream.reader import StreamReader
 from fx_instrument.stream.records import RecordMeta
 from fx_instrument.stream.writer import StreamWriter
+
+from .stream import Data, Described, Meter, Step, kept_data, repeated, synthetic_data, versions
 
 PEER_VERSION = "1.3.1"
 MAX_MEMORY_BYTES = 1_000_000_000
@@ -251,7 +252,7 @@ def load_peer() -> Any:
         sys.exit(
             f"{error}. Install the peer in a folder of its own, then run again with it:\n"
             f"  {sys.executable} -m pip install --no-deps --target peer llm-instrumentation=={PEER_VERSION} aiofiles\n"
-            f"  PYTHONPATH=peer {sys.executable} {' '.join(sys.argv)}"
+            f"  PYTHONPATH=peer {sys.executable} -m benchmarks.peer {' '.join(sys.argv[1:])}"
         )
     return llm_instrumentation
 

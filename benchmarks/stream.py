@@ -1,6 +1,6 @@
 """What the stream costs: ratios, speeds as shares of a memcpy in the same process, random access, memory.
 
-    OMP_NUM_THREADS=1 python benchmarks/stream.py [--synthetic] [--values FILE] [--gb 2] [--only PART] [--json FILE]
+    OMP_NUM_THREADS=1 python -m benchmarks.stream [--synthetic] [--values FILE] [--gb 2] [--only PART] [--json FILE]
 
 The values are the attention and MLP outputs of SmolLM2-135M on English text: prefill of 8 x 512 tokens, then 16 decode
 steps of 8. Speeds are bytes a CPU second of the whole process, medians of interleaved rounds; a memcpy runs over the
@@ -38,6 +38,8 @@ from fx_instrument.stream.codec import _HUFFMAN_ONLY, backend_versions
 from fx_instrument.stream.reader import StreamReader
 from fx_instrument.stream.records import RecordMeta
 from fx_instrument.stream.writer import StreamWriter
+
+from .machine import processor
 
 PARTS = ("codecs", "huffman", "put", "workers", "lossy", "target", "memory", "large")
 Values = npt.NDArray[Any]
@@ -456,17 +458,9 @@ def overload(
 
 
 def versions() -> dict[str, Any]:
-    cpu = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
     return {
-        "command": " ".join(sys.argv),
-        "cpu": cpu,
+        "command": "python -m benchmarks.stream " + " ".join(sys.argv[1:]),
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg(),
         "python": platform.python_version(),

@@ -1,6 +1,6 @@
 """What capturing costs a vLLM engine: nothing, 3 of 200 requests, all of them; times as ratios to plain vLLM.
 
-    python benchmarks/vllm_throughput.py --model FOLDER [--requests 200] [--rounds 5] [--output results.json]
+    python -m benchmarks.vllm_throughput --model FOLDER [--requests 200] [--rounds 5] [--output results.json]
 
 It needs vLLM (`make test-vllm` builds an environment).
 
@@ -24,6 +24,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from .machine import processor
 
 MEASURES = ("wall_s", "model_thread_cpu_s", "process_cpu_s")
 VARIANTS = {
@@ -92,7 +94,16 @@ class Engine:
     def __init__(self, variant: str, folder: Path) -> None:
         log = (folder / f"{variant.replace(' ', '_')}.log").open("w")
         self._process = subprocess.Popen(
-            [sys.executable, __file__, *sys.argv[1:], "--serve", variant, "--folder", str(folder)],
+            [
+                sys.executable,
+                "-m",
+                "benchmarks.vllm_throughput",
+                *sys.argv[1:],
+                "--serve",
+                variant,
+                "--folder",
+                str(folder),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -183,11 +194,10 @@ def show(
                 f"[{quartiles[0]:.3f}, {quartiles[2]:.3f}]  {statistics.median(r[measure] for r in rounds):.2f} s"
             )
     if arguments.output is not None:
-        processor = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
         record = {
-            "command": ["benchmarks/vllm_throughput.py", *sys.argv[1:]],
+            "command": ["python", "-m", "benchmarks.vllm_throughput", *sys.argv[1:]],
             "hardware": {
-                "cpu": processor[0].partition(":")[2].strip() if processor else platform.processor(),
+                "cpu": processor(),
                 "cores": os.cpu_count(),
                 "threads": os.environ.get("OMP_NUM_THREADS"),
             },

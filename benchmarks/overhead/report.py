@@ -6,10 +6,11 @@ import os
 import platform
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..machine import processor
 
 COLUMNS = (
     "time",
@@ -193,7 +194,7 @@ def machine(device: str) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
     return {
         "device": name,
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "memory_gb": round(memory / 1e9, 1),
@@ -214,10 +215,3 @@ def _own() -> str:
     from fx_instrument import __version__
 
     return __version__
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,23 +104,38 @@ def _in_order(model: nn.Module, roles: dict[str, Role]) -> dict[str, Role]:
 
 
 def find_siblings(model: nn.Module, sites: Sequence[Site]) -> tuple[Site, ...]:
-    """Modules that differ from a site in their layer's number alone, and are no sites.
+    """Modules whose values a graph of a site's may deliver, and that are no sites.
 
-    Where layers are compiled one by one, equal layers share a graph whether their modules carry a marker or not.
-    With markers on the siblings too, a shared graph always delivers, and whose values it delivered decides.
+    Where layers are compiled one by one, or a graph breaks, the frames of equal modules share a graph whether those
+    inside them carry a marker or not: `self_attn` of all layers, the router's projection of attention and MLP. With
+    markers on the siblings too, a shared graph always delivers, and whose values it delivered decides.
     """
     owners = {site: op_of(model, site.name) for site in sites}
-    named = {name: module for name, module in model.named_modules() if name}
+    modules = dict(model.named_modules())
+    named = {name: module for name, module in modules.items() if name}
     for op in {op for _, op in owners.values() if op is not None}:
         named.update({f"{name}.{op}": module for name, module in tuple(named.items())})
     chosen = {site.name for site in sites}
-    kinds = {(re.sub(r"\d+", "#", site.name), type(owners[site][0])): site.role for site in sites}
+    kinds = {
+        place: site.role for site in sites for place in _places(modules, site.name, type(owners[site][0]))
+    }
     found = []
     for name, module in named.items():
-        role = kinds.get((re.sub(r"\d+", "#", name), type(module)))
-        if role is not None and name not in chosen:
+        if name in chosen:
+            continue
+        role = next((kinds[p] for p in _places(modules, name, type(module)) if p in kinds), None)
+        if role is not None:
             found.append(Site(name, role))
     return tuple(found)
+
+
+def _places(modules: Mapping[str, nn.Module], name: str, kind: type) -> Iterator[tuple[type, str, type]]:
+    """Where frames find a module: each class around it, the path from there without numbers, its own class."""
+    parts = name.split(".")
+    for end in range(len(parts)):
+        around = modules.get(".".join(parts[:end]))
+        if around is not None and not isinstance(around, _CONTAINERS):
+            yield type(around), re.sub(r"\d+", "#", ".".join(parts[end:])), kind
 
 
 def _walk(module: nn.Module, name: str, inherited: str, found: dict[str, Role]) -> None:
