@@ -24,6 +24,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--quick", is_flag=True, help="Fewer variants, workloads and rounds.")
+@click.option("--full", is_flag=True, help="Every section and workload.")
 @click.option(
     "--only",
     multiple=True,
@@ -35,11 +36,11 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
     "kinds",
     multiple=True,
     type=click.Choice(KINDS),
-    help="Only this kind of workload on the real model; may be given several times.",
+    help="Only this kind of workload; may be given several times.",
 )
 @click.option("--variant", "names", multiple=True, help="Only variants whose name holds this text, e.g. FX.")
 @click.option(
-    "--rounds", type=click.IntRange(min=1), help="Interleaved rounds of each workload [7, quick 5]."
+    "--rounds", type=click.IntRange(min=1), help="Interleaved rounds of each workload [5]."
 )
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu, or cuda where there is one.")
@@ -53,6 +54,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 )
 def main(
     quick: bool,
+    full: bool,
     only: tuple[str, ...],
     kinds: tuple[str, ...],
     names: tuple[str, ...],
@@ -69,6 +71,8 @@ def main(
     Every variant runs once a round in one process, in turning order; figures are medians over rounds of its time by
     that of "compiled, nothing captured" in the same round, with 95 % bootstrap intervals.
     """
+    if quick and full:
+        raise click.UsageError("--quick and --full exclude each other")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise click.BadParameter("this torch finds no CUDA device", param_hint="--device")
     logging.getLogger("torch").setLevel(logging.ERROR)
@@ -80,17 +84,18 @@ def main(
     options = sections.Options(
         dtype=getattr(torch, dtype),
         device=device,
-        rounds=rounds or (5 if quick else 7),
+        rounds=rounds or 5,
         quick=quick,
+        full=full,
         compile_options={"mode": mode} if mode else {},
         with_peers=not no_peers,
-        kinds=kinds or KINDS,
+        kinds=kinds,
         variants=names,
     )
     result = begin(output, bool(only), today, device)
     result["dtype"] = dtype
     console = Console()
-    parts = only or (sections.QUICK if quick else tuple(sections.SECTIONS))
+    parts = only or (sections.QUICK if quick else tuple(sections.SECTIONS) if full else sections.USUAL)
     with _progress() as progress:
         task = progress.add_task("", total=len(parts))
         options.say = lambda text: progress.update(task, description=text)

@@ -18,7 +18,7 @@ from fx_instrument import HookGranularity
 
 from . import costs, instructions, measure, models, peers, timeline, variants
 from .measure import clock
-from .variants import BASE, Setup, Variant
+from .variants import AGAIN, BASE, Setup, Variant
 from .workloads import KINDS, Bench, Workload
 
 log = logging.getLogger(__name__)
@@ -35,10 +35,12 @@ class Options:
     device: str
     rounds: int
     quick: bool
+    full: bool = False
+    """Every workload and section, however long it takes."""
     compile_options: dict[str, Any] = field(default_factory=dict)
     with_peers: bool = True
-    kinds: Sequence[str] = KINDS
-    """Kinds of workload that the real model runs."""
+    kinds: Sequence[str] = ()
+    """Kinds of workload that the models run; chosen by ``full`` and ``quick`` if empty."""
     variants: Sequence[str] = ()
     """Only variants whose names hold one of these, beside the base; all if empty."""
     say: Callable[[str], None] = lambda text: None
@@ -96,16 +98,21 @@ def table(
     return {"workload": asdict(workload), "rounds": number, "variants": rows}
 
 
-def main_workloads(options: Options, times: int = 1) -> list[Workload]:
-    """``times`` as many steps for a model whose steps are short: opening and closing a block takes milliseconds."""
-    if options.quick:
-        return [Workload("prefill", 4, 128, 2 * times), Workload("decode-dynamic", 4, 32, 16 * times)]
-    return [
-        Workload("prefill", 4, 128, 4 * times),
-        Workload("decode-static", 4, 32, 32 * times),
-        Workload("decode-dynamic", 4, 32, 32 * times),
-        Workload("generate", 4, 32, 32 * times),
-    ]
+def main_workloads(name: str, options: Options) -> list[Workload]:
+    """Of a second or more a block on the real model: opening and closing one takes milliseconds to tens of them."""
+    if options.kinds:
+        kinds: Sequence[str] = options.kinds
+    elif options.full:
+        kinds = KINDS
+    elif options.quick:
+        # Every kind is compiled anew, on the real model half a minute a variant.
+        kinds = ("prefill",) if name == "real" else ("decode-static",)
+    else:
+        kinds = ("prefill", "decode-static")
+    times = 1 if name == "real" else 8
+    steps = {"prefill": 6, "decode-static": 48, "decode-dynamic": 48, "generate": 48}
+    lengths = {"prefill": 128}
+    return [Workload(kind, 4, lengths.get(kind, 32), steps[kind] * times) for kind in kinds]
 
 
 def real(options: Options) -> dict[str, Any]:
@@ -126,6 +133,7 @@ def _compare(name: str, title: str, setup: Setup, options: Options, with_peers: 
     model = setup.model
     chosen = [
         variants.compiled(setup),
+        variants.compiled(setup, AGAIN),
         *variants.ours(setup),
         *variants.traced_hooks(setup),
         variants.sampled(setup, 0.01),
@@ -139,13 +147,12 @@ def _compare(name: str, title: str, setup: Setup, options: Options, with_peers: 
         parts = options.variants
         return [v for v in those if v.name == BASE or not parts or any(part in v.name for part in parts)]
 
-    # Every variant is compiled anew for each kind of workload, on the real model 30 layers each time: some have fewer.
-    fewer = {"decode-static": chosen[:7], "generate": [*chosen[:4], chosen[7]]} if name == "real" else {}
+    fewer = {"generate": [*chosen[:5], chosen[8]]}
+    if name == "real" and not options.full:
+        fewer["decode-static"] = chosen[:8]
     found: dict[str, Any] = {}
     section = {"model": title, "workloads": found}
-    for workload in main_workloads(options, 1 if name == "real" else 8):
-        if workload.kind not in options.kinds:
-            continue
+    for workload in main_workloads(name, options):
         rows = found[workload.name] = table(
             wanted(fewer.get(workload.kind, chosen)), workload, model, options
         )
@@ -157,9 +164,10 @@ def _compare(name: str, title: str, setup: Setup, options: Options, with_peers: 
             rows["variants"].update(few["variants"])
             rows["rounds_of_peers"] = 3
             options.keep(name, section)
-        if not options.quick and options.device == "cpu" and workload.kind in ("prefill", "decode-dynamic"):
+        no_idle_core = KINDS if options.full else ("prefill",)
+        if not options.quick and options.device == "cpu" and workload.kind in no_idle_core:
             with measure.one_core():
-                busy = table(wanted(chosen[:7]), workload, model, options)
+                busy = table(wanted(chosen[:8]), workload, model, options)
             for variant, row in busy["variants"].items():
                 row.update({count: rows["variants"][variant].get(count) for count in COUNTS})
             found[f"{workload.name}, no idle core"] = busy
@@ -345,7 +353,8 @@ SECTIONS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "instructions": counted,
     "timeline": lanes,
 }
-QUICK = ("real", "timeline")
+QUICK = ("real", "toy", "timeline")
+USUAL = ("real", "toy", "memory", "instructions", "timeline")
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ from .hooks import MAX_MEMORY_BYTES, GoodHooks, TracedBuffers
 from .models import call_through, compile_alone, duplicate, site_names
 
 BASE = "compiled"
+AGAIN = "compiled, once more"
+"""The same again: how far two copies of one and the same code lie apart."""
 
 Rows = Callable[[], int]
 Block = contextlib.AbstractContextManager[Rows]
@@ -70,10 +72,10 @@ def plain(setup: Setup) -> Variant:
     return Variant("eager", duplicate(setup.model), nothing)
 
 
-def compiled(setup: Setup) -> Variant:
+def compiled(setup: Setup, name: str = BASE) -> Variant:
     model = duplicate(setup.model)
     call_through(model, compile_alone(model, **setup.options))
-    return Variant(BASE, model, nothing)
+    return Variant(name, model, nothing)
 
 
 def hooked(setup: Setup, *, compiled: bool, sink: str = "file") -> Variant:
