@@ -34,7 +34,7 @@ bench: $(VENV)/.ready-demo
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks $(BENCH_ARGS)
 
 test-vllm: $(VLLM_VENV)/.ready
-	$(VLLM_VENV)/bin/python -m pytest -m server tests/test_vllm.py $(PYTEST_ARGS)
+	$(VLLM_VENV)/bin/python -m pytest -m server $(wildcard tests/test_vllm*.py) $(PYTEST_ARGS)
 
 check: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff format --check .

@@ -6,9 +6,7 @@ Needs an environment of its own: `make test-vllm` builds it and runs this file.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -22,114 +20,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from vllm_engine import NEEDS_VLLM, Hooks, check_rows, environment_of, run_engine, save_model
 
-from fx_instrument import HookConfig, HookGranularity, InstrumentationConfig, open_stream
-from fx_instrument.activations import ActivationStream
-from fx_instrument.integrations.vllm import _Settings, engine_arguments, server_arguments
+from fx_instrument import InstrumentationConfig, open_stream
+from fx_instrument.integrations.vllm import server_arguments
 
-pytestmark = [
-    pytest.mark.server,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM has an environment of its own"),
-]
+pytestmark = NEEDS_VLLM
 
-ROOT = Path(__file__).parents[1]
 NUM_LAYERS = 4
-# Seen: 3.7e-6 of a tensor's largest value (fp32, Inductor against eager); a row that is off by one gives 0.1 and more.
-TOLERANCE = 1e-5
 PROMPTS = ["The capital of France is", "Once upon a time", "def f(x):", "word " * 150, "I am", "2 + 2 ="]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first layers of SmolLM2-135M as a model folder."""
-    from fx_instrument.demo.smollm import load_model
-
-    model, tokenizer = load_model(torch.float32)
-    config = model.config
-    config.num_hidden_layers = NUM_LAYERS
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    cut = type(model)(config)
-    state = model.state_dict()
-    cut.load_state_dict({name: state[name] for name in cut.state_dict() if name in state})
-    folder: Path = tmp_path_factory.mktemp("model")
-    cut.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("model"), NUM_LAYERS)
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CACHE_ROOT": str(tmp_path_factory.mktemp("vllm_cache")),
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-
-
-def run_engine(job: Mapping[str, Any], environment: Mapping[str, str], tmp_path: Path) -> dict[str, Any]:
-    (tmp_path / "job.json").write_text(json.dumps(job))
-    command = [sys.executable, str(ROOT / "tests/engines/vllm_offline.py")]
-    done = subprocess.run(
-        [*command, str(tmp_path / "job.json"), str(tmp_path / "found.json")],
-        env=dict(environment),
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    found: dict[str, Any] = json.loads((tmp_path / "found.json").read_text())
-    return found
-
-
-class Hooks:
-    """What eager forward hooks see in Hugging Face's model."""
-
-    def __init__(self, folder: Path, sites: Sequence[str]) -> None:
-        import transformers
-
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
-        self._seen: dict[str, torch.Tensor] = {}
-        for site in sites:
-            self._model.get_submodule(site).register_forward_hook(self._hook(site))
-
-    def _hook(self, site: str) -> Any:
-        def hook(module: Any, args: Any, output: Any) -> None:
-            self._seen[site] = (output[0] if isinstance(output, tuple) else output)[0]
-
-        return hook
-
-    def run(self, tokens: Sequence[int]) -> dict[str, torch.Tensor]:
-        with torch.no_grad():
-            self._model(torch.tensor([list(tokens)]))
-        return dict(self._seen)
-
-
-def check_rows(
-    stream: ActivationStream, hooks: Hooks, request_id: str, tokens: Sequence[int], positions: Sequence[int]
-) -> int:
-    """Compare the request's rows with the hooks'; every position exactly once, in order. Returns the rows."""
-    request = stream.request(request_id)
-    seen = hooks.run(tokens)
-    recorded = request.token_ids()
-    assert all(tokens[position] == token for position, token in recorded.items())
-    num_rows = 0
-    for site, rows in request.items():
-        assert rows.token_positions.tolist() == list(positions), (request_id, site)
-        if positions:
-            expected = seen[site][list(positions)]
-            error = (rows.tensor() - expected).abs().max() / seen[site].abs().max()
-            assert error < TOLERANCE, (request_id, site, float(error))
-        num_rows += len(rows)
-    return num_rows
+    return environment_of(tmp_path_factory.mktemp("vllm_cache"))
 
 
 @pytest.mark.parametrize("way", ["official", "plugin", "eager"])
@@ -227,51 +136,6 @@ def test_preempted_requests(folder: Path, environment: dict[str, str], tmp_path:
         for result in found["results"]:
             tokens = (result["prompt"] + result["output"])[:-1]
             check_rows(stream, hooks, result["id"], tokens, range(len(tokens)))
-
-
-def test_the_compile_cache_serves_no_other_plan(
-    folder: Path, environment: dict[str, str], tmp_path: Path
-) -> None:
-    """One cache folder, changing plans, cold and warm: what was planned is what is stored."""
-    plans = ["full_tensor", "attention_only", "mlp_only", "full_tensor", "attention_only"]
-    for number, granularity in enumerate(plans):
-        output = tmp_path / f"{number}.stream"
-        job = {
-            "model": str(folder),
-            "output": str(output),
-            "granularity": granularity,
-            "capture": {"route": "plugin"},
-            "rounds": [[{"prompt": PROMPTS[0]}]],
-        }
-        (result,) = run_engine(job, environment, tmp_path)["results"]
-        with open_stream(output) as stream:
-            roles = {site.role for site in stream.sites}
-            assert (
-                roles
-                == {
-                    "full_tensor": {"attention", "mlp"},
-                    "attention_only": {"attention"},
-                    "mlp_only": {"mlp"},
-                }[granularity]
-            )
-            hooks = Hooks(folder, [site.name for site in stream.sites])
-            tokens = (result["prompt"] + result["output"])[:-1]
-            check_rows(stream, hooks, result["id"], tokens, range(len(tokens)))
-
-
-def test_the_plan_is_in_the_cache_key_and_the_path_is_not(tmp_path: Path) -> None:
-    """vLLM's key of compiled artifacts changes with the sites, and with nothing that leaves the graphs as they are."""
-
-    def key(config: InstrumentationConfig, name: str = "a", **options: Any) -> str:
-        return _Settings(
-            engine_arguments(config, tmp_path / name, **options)["additional_config"]
-        ).compute_hash()
-
-    full = key(InstrumentationConfig())
-    assert key(InstrumentationConfig(), "b", on_full="drop") == full
-    assert key(InstrumentationConfig(granularity=HookGranularity.MLP_ONLY)) != full
-    globs = HookConfig(target_layers=["model.layers.0.*"])
-    assert key(InstrumentationConfig(hook_config=globs)) != full
 
 
 @contextlib.contextmanager

@@ -61,7 +61,8 @@ def engine_arguments(
     """What ``vllm.LLM(model, **...)``, ``AsyncEngineArgs`` or the server need so that the engine captures.
 
     Args:
-        config: what to capture. SAMPLED_SLICES is refused: it samples whole values, which mix requests.
+        config: what to capture. SAMPLED_SLICES is refused: it samples whole values, which mix requests; so is
+            ``strict_numerics``: it runs graphs twice.
         output_path: the stream file; with several workers (pipeline stages, data-parallel replicas) each writes
             ``<stem>.rank<n><suffix>`` beside it. No request can change it.
         capture: "all" stores every request that does not say otherwise, "requested" those that ask for it through
@@ -82,6 +83,11 @@ def engine_arguments(
         raise ValueError(
             "SAMPLED_SLICES samples whole values, and a server's hold rows of many requests: capture whole tensors "
             "and let requests choose layers and positions"
+        )
+    if config.strict_numerics:
+        raise ValueError(
+            "strict_numerics runs a graph twice, and an engine's graph writes its key-value cache: leave it False; "
+            "capturing may round an engine's outputs otherwise in their last bits"
         )
     for name, value, allowed in (
         ("capture", capture, ("all", "requested")),
@@ -350,8 +356,8 @@ def _check_supported(vllm_config: Any, route: Route) -> None:
     for option in ("prefill_context_parallel_size", "decode_context_parallel_size"):
         if getattr(parallel, option, 1) > 1:
             raise InstrumentationError(f"{option} > 1 spreads a request's rows over workers: not supported")
-    if getattr(parallel, "enable_dbo", False):
-        raise InstrumentationError("enable_dbo runs a batch in two halves: not supported")
+    if getattr(parallel, "use_ubatching", False):
+        raise InstrumentationError("enable_dbo and ubatch_size > 1 run a batch in parts: not supported")
     cudagraphs = compilation.cudagraph_mode
     if int(compilation.mode) == 0:
         if vllm_config.device_config.device_type != "cpu" and cudagraphs is not None and cudagraphs.value:

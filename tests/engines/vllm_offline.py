@@ -1,4 +1,4 @@
-"""Run by test_vllm.py in a process of its own: one offline vLLM engine that captures, told what to do by JSON."""
+"""Run by the vLLM tests in a process of its own: one offline engine, told what to do by JSON; no output, no capture."""
 
 from __future__ import annotations
 
@@ -11,13 +11,6 @@ from typing import Any
 def main(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
-    from fx_instrument import HookConfig, HookGranularity, InstrumentationConfig
-    from fx_instrument.integrations.vllm import engine_arguments
-
-    config = InstrumentationConfig(
-        granularity=HookGranularity(job.get("granularity", "full_tensor")),
-        hook_config=HookConfig(target_layers=job.get("target_layers")),
-    )
     options: dict[str, Any] = {
         "dtype": "float32",
         "max_model_len": 512,
@@ -27,7 +20,9 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         "disable_log_stats": False,
     }
     options.update(job.get("engine", {}))
-    llm = LLM(job["model"], **engine_arguments(config, job["output"], **job.get("capture", {})), **options)
+    if "output" in job:
+        options.update(capturing(job))
+    llm = LLM(job["model"], **options)
     results = []
     for requests in job["rounds"]:
         sampling = [
@@ -50,14 +45,26 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
                     "output": list(output.outputs[0].token_ids),
                 }
             )
-    reports = llm.collective_rpc("finish_capture")
+    reports = llm.collective_rpc("finish_capture") if "output" in job else []
     counters = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     return {
         "results": results,
         "reports": reports,
         "preemptions": counters.get("vllm:num_preemptions"),
         "prefix_hits": counters.get("vllm:prefix_cache_hits"),
+        "modules": [name for name in sys.modules if name.startswith("fx_instrument")],
     }
+
+
+def capturing(job: dict[str, Any]) -> dict[str, Any]:
+    from fx_instrument import HookConfig, HookGranularity, InstrumentationConfig
+    from fx_instrument.integrations.vllm import engine_arguments
+
+    config = InstrumentationConfig(
+        granularity=HookGranularity(job.get("granularity", "full_tensor")),
+        hook_config=HookConfig(target_layers=job.get("target_layers")),
+    )
+    return engine_arguments(config, job["output"], **job.get("capture", {}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,202 @@
+"""What an engine's arguments say, and what is refused before it starts, each with what to do; needs no vLLM."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fx_instrument import HookConfig, HookGranularity, InstrumentationConfig, InstrumentationError
+from fx_instrument.integrations import vllm
+from fx_instrument.integrations.vllm import BACKEND, WorkerCapture, _Settings, engine_arguments
+
+
+class CudaGraphs(enum.Enum):
+    """vLLM's CUDAGraphMode, as far as the checks look at it."""
+
+    NONE = 0
+    PIECEWISE = 1
+    FULL = 2
+    FULL_DECODE_ONLY = (2, 0)
+    FULL_AND_PIECEWISE = (2, 1)
+
+    def has_full_cudagraphs(self) -> bool:
+        return self.name.startswith("FULL")
+
+
+def engine(output: Path, parts: Mapping[str, Mapping[str, Any]], **options: Any) -> SimpleNamespace:
+    """A GPU engine's configuration with ``engine_arguments``, and what a user set besides."""
+    arguments = engine_arguments(InstrumentationConfig(), output, **options)
+    given = dict(arguments["compilation_config"])
+    defaults: dict[str, dict[str, Any]] = {
+        "parallel_config": {
+            "prefill_context_parallel_size": 1,
+            "decode_context_parallel_size": 1,
+            "use_ubatching": False,
+        },
+        "compilation_config": {
+            "mode": given["mode"],
+            "backend": given.get("backend", "inductor"),
+            "cudagraph_mode": CudaGraphs[given["cudagraph_mode"]],
+        },
+        "device_config": {"device_type": "cuda"},
+    }
+    sections = {name: SimpleNamespace(**{**some, **parts.get(name, {})}) for name, some in defaults.items()}
+    return SimpleNamespace(
+        **sections,
+        additional_config=arguments["additional_config"],
+        speculative_config=parts.get("speculative_config"),
+    )
+
+
+@pytest.mark.parametrize("route", ["official", "plugin"])
+def test_what_the_arguments_say_is_accepted(tmp_path: Path, route: str) -> None:
+    """With nothing changed, and eagerly, an engine starts: the refusals below are of what was changed."""
+    for eagerly in (False, True):
+        off = {"mode": 0, "cudagraph_mode": CudaGraphs.NONE} if eagerly else {}
+        config = engine(tmp_path / "a.stream", {"compilation_config": off}, route=route)
+        capture = vllm._capture_of(config)
+        assert capture.path == tmp_path / "a.stream" and not capture.is_capturing
+
+
+@pytest.mark.parametrize("route", ["official", "plugin"])
+@pytest.mark.parametrize(
+    "parts, says",
+    [
+        ({"speculative_config": {"method": "ngram"}}, "speculative decoding .* switch one of the two off"),
+        ({"parallel_config": {"prefill_context_parallel_size": 2}}, "prefill_context_parallel_size > 1"),
+        ({"parallel_config": {"decode_context_parallel_size": 2}}, "decode_context_parallel_size > 1"),
+        ({"parallel_config": {"use_ubatching": True}}, "enable_dbo and ubatch_size > 1 run a batch in parts"),
+        (
+            {"compilation_config": {"cudagraph_mode": CudaGraphs.FULL}},
+            "FULL replays .* NONE or PIECEWISE",
+        ),
+        (
+            {"compilation_config": {"cudagraph_mode": CudaGraphs.FULL_DECODE_ONLY}},
+            "FULL_DECODE_ONLY replays",
+        ),
+        (
+            {"compilation_config": {"cudagraph_mode": CudaGraphs.FULL_AND_PIECEWISE}},
+            "FULL_AND_PIECEWISE replays",
+        ),
+        # "Breakable" CUDA graphs: no traced graph, and a replay.
+        (
+            {"compilation_config": {"mode": 0, "cudagraph_mode": CudaGraphs.PIECEWISE}},
+            "no traced graph, .* PIECEWISE.* enforce_eager=True",
+        ),
+        (
+            {"compilation_config": {"mode": 0, "cudagraph_mode": CudaGraphs.FULL_DECODE_ONLY}},
+            "no traced graph, .* FULL_DECODE_ONLY.* enforce_eager=True",
+        ),
+    ],
+)
+def test_engines_that_lose_or_misplace_rows(
+    tmp_path: Path, parts: Mapping[str, Mapping[str, Any]], says: str, route: str
+) -> None:
+    """An engine whose rows would be wrong, or missing in silence, does not start."""
+    with pytest.raises(InstrumentationError, match=says):
+        vllm._capture_of(engine(tmp_path / "a.stream", parts, route=route))
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_of_the_arguments_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker without its settings, the backend without its worker, a worker with another backend."""
+    with pytest.raises(InstrumentationError, match=r"additional_config\['fx_instrument'\].*engine_arguments"):
+        vllm._capture_of(SimpleNamespace(additional_config={}))
+    with pytest.raises(InstrumentationError, match=r"additional_config\['fx_instrument'\]"):
+        vllm._capture_of(SimpleNamespace(additional_config=None))
+    monkeypatch.setattr(vllm, "_worker", None)
+    with pytest.raises(InstrumentationError, match=r"works with the worker .*CaptureWorker only"):
+        vllm.backend(torch.fx.symbolic_trace(torch.nn.ReLU()), [])
+    other = engine(tmp_path / "a.stream", {"compilation_config": {"backend": "inductor"}})
+    with pytest.raises(InstrumentationError, match=f"is 'inductor', expected '{BACKEND}'"):
+        vllm._capture_of(other)
+    with pytest.raises(AttributeError, match="no attribute 'Worker'"):
+        vllm.Worker  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "arguments, error, says",
+    [
+        ({"config": {"granularity": "full_tensor"}}, TypeError, "must be an InstrumentationConfig"),
+        (
+            {"config": InstrumentationConfig(granularity=HookGranularity.SAMPLED_SLICES)},
+            ValueError,
+            "SAMPLED_SLICES samples whole values",
+        ),
+        ({"config": InstrumentationConfig(strict_numerics=True)}, ValueError, "runs a graph twice"),
+        ({"capture": "some"}, ValueError, "capture must be one of 'all', 'requested', got 'some'"),
+        ({"route": "hooks"}, ValueError, "route must be one of 'official', 'plugin', got 'hooks'"),
+        ({"mode": "a"}, ValueError, "mode must be one of 'w', 'x', got 'a'"),
+        ({"on_full": "wait"}, ValueError, "on_full must be one of 'stall', 'drop', got 'wait'"),
+        ({"max_stall_s": -1}, ValueError, "max_stall_s must be None or a number of seconds from 0, got -1"),
+        ({"max_stall_s": "1"}, ValueError, "max_stall_s must be None or a number"),
+        ({"output_path": "none/deeper/a.stream"}, FileNotFoundError, "the folder of output_path does not"),
+    ],
+)
+def test_bad_arguments(tmp_path: Path, arguments: dict[str, Any], error: type[Exception], says: str) -> None:
+    given = {"config": InstrumentationConfig(), "output_path": tmp_path / "a.stream", **arguments}
+    with pytest.raises(error, match=says):
+        engine_arguments(**given)
+
+
+def test_the_plan_is_in_the_cache_key_and_the_path_is_not(tmp_path: Path) -> None:
+    """vLLM's key of compiled artifacts changes with the sites, and with nothing that leaves the graphs as they are."""
+
+    def key(config: InstrumentationConfig, name: str = "a", **options: Any) -> str:
+        return _Settings(
+            engine_arguments(config, tmp_path / name, **options)["additional_config"]
+        ).compute_hash()
+
+    full = key(InstrumentationConfig())
+    assert key(InstrumentationConfig(), "b", on_full="drop") == full
+    assert key(InstrumentationConfig(granularity=HookGranularity.MLP_ONLY)) != full
+    globs = HookConfig(target_layers=["model.layers.0.*"])
+    assert key(InstrumentationConfig(hook_config=globs)) != full
+
+
+def test_a_step_whose_batch_does_not_match(tmp_path: Path) -> None:
+    """Rows that can't be assigned switch the capture off, once; the step's output is the engine's all the same."""
+
+    class Engine:
+        def __init__(self, vllm_config: Any) -> None:
+            self.model_runner = SimpleNamespace(
+                input_batch=SimpleNamespace(req_ids=["a-00000000"]), input_ids=None
+            )
+
+        def execute_model(self, scheduler_output: Any) -> str:
+            return "tokens"
+
+    class Worker(WorkerCapture, Engine):
+        def __init__(self, vllm_config: Any) -> None:
+            self.vllm_config = vllm_config
+            self.capture = vllm._capture_of(vllm_config)
+            Engine.__init__(self, vllm_config)
+
+    worker = Worker(engine(tmp_path / "a.stream", {}))
+    model = torch.nn.ModuleDict({"mlp": torch.nn.Linear(2, 2)})
+    worker.capture.attach(model, 0, 1)
+
+    def step(*names: str) -> Any:
+        new = [
+            SimpleNamespace(req_id=name, num_computed_tokens=0, sampling_params=None, prompt_len=1)
+            for name in names
+        ]
+        cached = SimpleNamespace(req_ids=[], num_computed_tokens=[])
+        return SimpleNamespace(
+            finished_req_ids=(),
+            scheduled_new_reqs=new,
+            scheduled_cached_reqs=cached,
+            num_scheduled_tokens=dict.fromkeys(names, 1),
+        )
+
+    assert worker.execute_model(step("a-00000000", "b-00000000")) == "tokens"
+    assert "holds 1 of 2 scheduled requests" in str(worker.capture.failed)
+    assert worker.execute_model(step("c-00000000")) == "tokens"
+    report = worker.finish_capture()
+    assert report is not None and report["records"] == 0
