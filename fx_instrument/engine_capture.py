@@ -118,6 +118,8 @@ class EngineCapture(InstrumentationFramework):
         self.failed: str | None = None
         """What ended the capture before its time; the engine goes on without it."""
         self.refused_requests = 0
+        self.paused = False
+        """Whether nothing is stored for now; requests are followed all the same, so that it can go on at any step."""
         self._backend_name = engine
         self._all_requests = all_requests
         self._mode = mode
@@ -251,7 +253,7 @@ class EngineCapture(InstrumentationFramework):
     def arm(self, scheduled: Iterable[Scheduled]) -> bool:
         """Before a forward call: whether it has rows to keep."""
         assert self._planner is not None
-        self.sink.armed = self.is_capturing and self._planner.any_wanted(scheduled)
+        self.sink.armed = self.is_capturing and not self.paused and self._planner.any_wanted(scheduled)
         return self.sink.armed
 
     def store(self, scheduled: Sequence[Scheduled], token_ids: torch.Tensor | None) -> None:
@@ -326,6 +328,7 @@ class EngineCapture(InstrumentationFramework):
             return None
         return {
             "path": str(self.path),
+            "paused": self.paused,
             "failed": self.failed,
             "refused_requests": self.refused_requests,
             **self._session.report.to_dict(),

@@ -260,6 +260,26 @@ def test_a_failure_switches_off_and_the_engine_goes_on(tmp_path: Path) -> None:
     assert open_stream(tmp_path / "out.stream").requests == ()
 
 
+def test_switched_off_and_on(tmp_path: Path) -> None:
+    """While it is off nothing is stored; then rows go on at their positions, and what passed is missing."""
+    engine = Engine(tmp_path / "a.stream")
+    engine.add("a", [1, 2, 3, 4, 5, 6])
+    engine.step([("a", 0, 2)])
+    engine.capture.paused = True
+    engine.add("b", [7, 8, 9])
+    engine.step([("a", 2, 2), ("b", 0, 1)])
+    engine.capture.paused = False
+    engine.step([("b", 1, 2), ("a", 4, 2)])
+    engine.capture.close()
+    with open_stream(tmp_path / "a.stream") as stream:
+        assert stream.num_steps == 2
+        for name, kept, passed in (("a", [0, 1, 4, 5], [2, 3]), ("b", [1, 2], [0])):
+            for site, expected in engine.expected(name).items():
+                rows = stream.request(name)[site]
+                assert rows.token_positions.tolist() == kept and rows.missing_positions.tolist() == passed
+                torch.testing.assert_close(rows.tensor(), expected[kept])
+
+
 def test_the_file_is_private(tmp_path: Path) -> None:
     """Activations reveal prompts: only the user may read the file."""
     engine = Engine(tmp_path / "out.stream")

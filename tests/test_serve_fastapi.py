@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import sys
@@ -35,25 +36,18 @@ def load_example() -> Any:
     return module
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> Iterator[str]:
-    pytest.importorskip("fastapi")
+@contextlib.contextmanager
+def running(app: Any, timeout_s: int = 120) -> Iterator[str]:
+    """The app behind a port of this machine; its address."""
     import uvicorn
-    from transformers import AutoTokenizer, LlamaForCausalLM
 
-    save_tiny_llm(tmp_path / "model")
-    model = LlamaForCausalLM.from_pretrained(tmp_path / "model").eval()
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    app = load_example().create_app(
-        model, tokenizer, str(tmp_path / "r"), token="secret", backend="aot_eager"
-    )
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        for _ in range(1200):
-            if server.started:
+        for _ in range(10 * timeout_s):
+            if server.started or not thread.is_alive():
                 break
             thread.join(0.1)
         assert server.started
@@ -61,6 +55,20 @@ def url(tmp_path: Path) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(60)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> Iterator[str]:
+    pytest.importorskip("fastapi")
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    save_tiny_llm(tmp_path / "model")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    with running(
+        load_example().create_app(model, tokenizer, str(tmp_path / "r"), token="secret", backend="aot_eager")
+    ) as address:
+        yield address
 
 
 def call(url: str, body: Any = None, method: str = "GET", **headers: str) -> tuple[str, str]:

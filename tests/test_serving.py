@@ -187,6 +187,42 @@ def test_memory_threads_and_files_stay_flat(tmp_path: Path) -> None:
     assert len(files(tmp_path / "r")) == 2
 
 
+@pytest.mark.slow
+def test_memory_stays_flat_over_requests(tmp_path: Path) -> None:
+    """Thousands of requests with ids of their own, over files that rotate and go: no more memory than at a quarter."""
+    model, framework = instrumented()
+    prompts = [tokens(1, 8, seed=seed) for seed in range(8)]
+    step = tokens(1, 1)
+    process = psutil.Process()
+    folder, sizes = tmp_path / "r", []
+    with Recorder(
+        framework, folder, rotate_bytes=300_000, max_files=3, max_stall_s=1.0, min_free_bytes=0
+    ) as recorder:
+
+        def serve(thread: int) -> None:
+            with torch.no_grad():
+                for number in range(500):
+                    with recorder.request(f"request-{thread}-{len(sizes)}-{number}"):
+                        model(prompts[number % 8])
+                        model(step)
+
+        for _ in range(8):
+            threads = [threading.Thread(target=serve, args=(number,)) for number in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(300)
+            until(lambda: not recorder._ending)
+            sizes.append((process.memory_info().rss, process.num_threads(), process.num_fds()))
+    report = recorder.report
+    assert report.steps == 16_000 and report.failures == 0 and report.files > 20
+    assert report.records + report.dropped_records == 16_000 * SITES
+    assert len(files(folder)) <= 3
+    quarter, end = sizes[1], sizes[-1]
+    assert end[0] - quarter[0] < 4 << 20, sizes
+    assert end[1:] == quarter[1:], sizes
+
+
 def test_switching_compiles_nothing(tmp_path: Path) -> None:
     """The two variants are compiled by the warm-up; later calls, starts and stops from any thread find them."""
     compiled = []

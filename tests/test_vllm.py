@@ -138,6 +138,19 @@ def test_preempted_requests(folder: Path, environment: dict[str, str], tmp_path:
             check_rows(stream, hooks, result["id"], tokens, range(len(tokens)))
 
 
+def test_switched_off_and_on(folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    """While the capture is off a request leaves nothing; the next one is stored whole."""
+    rounds = [[{"prompt": PROMPTS[0]}], False, [{"prompt": PROMPTS[1]}], True, [{"prompt": PROMPTS[2]}]]
+    job = {"model": str(folder), "output": str(tmp_path / "out.stream"), "rounds": rounds}
+    first, _, last = run_engine(job, environment, tmp_path)["results"]
+    with open_stream(tmp_path / "out.stream") as stream:
+        assert set(stream.requests) == {first["id"], last["id"]}
+        hooks = Hooks(folder, [site.name for site in stream.sites])
+        for result in (first, last):
+            tokens = (result["prompt"] + result["output"])[:-1]
+            check_rows(stream, hooks, result["id"], tokens, range(len(tokens)))
+
+
 @contextlib.contextmanager
 def openai_server(
     folder: Path, environment: Mapping[str, str], arguments: Sequence[str], log: Path

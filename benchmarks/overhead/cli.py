@@ -39,9 +39,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
     help="Only this kind of workload; may be given several times.",
 )
 @click.option("--variant", "names", multiple=True, help="Only variants whose name holds this text, e.g. FX.")
-@click.option(
-    "--rounds", type=click.IntRange(min=1), help="Interleaved rounds of each workload [5]."
-)
+@click.option("--rounds", type=click.IntRange(min=1), help="Interleaved rounds of each workload [5].")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu, or cuda where there is one.")
 @click.option("--mode", help="torch.compile's mode for every compiled variant, e.g. reduce-overhead.")

@@ -35,12 +35,13 @@ class Prompt(BaseModel):
     max_new_tokens: int = Field(default=16, ge=1, le=256)
 
 
-def create_app(model: Any, tokenizer: Any, folder: str, *, token: str, backend: str = "inductor") -> FastAPI:
+def create_app(
+    model: Any, tokenizer: Any, folder: str, *, token: str, backend: str = "inductor", **recording: Any
+) -> FastAPI:
     framework = InstrumentationFramework(InstrumentationConfig(max_memory_gb=0.5))
     framework.instrument_model(model, backend=backend, dynamic=True)
-    recorder = Recorder(
-        framework, folder, requests_only=True, max_stall_s=0.1, rotate_s=600, max_total_bytes=10 << 30
-    )
+    limits = {"max_stall_s": 0.1, "rotate_s": 600, "max_total_bytes": 10 << 30, **recording}
+    recorder = Recorder(framework, folder, requests_only=True, **limits)
 
     def generate(prompt: Prompt) -> str:
         inputs = tokenizer(prompt.prompt, return_tensors="pt")

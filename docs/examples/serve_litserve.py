@@ -32,10 +32,11 @@ class RecordedLLM(ls.LitAPI):
         *,
         load: Any = lambda: load_model(torch.float32),
         backend: str = "inductor",
+        rotate_s: float = 600,
         **options: Any,
     ):
         super().__init__(**options)
-        self.folder, self.load, self.backend = folder, load, backend
+        self.folder, self.load, self.backend, self.rotate_s = folder, load, backend, rotate_s
 
     def setup(self, device: str) -> None:
         self.model, self.tokenizer = self.load()
@@ -45,7 +46,9 @@ class RecordedLLM(ls.LitAPI):
         framework.instrument_model(self.model, backend=self.backend, dynamic=True)
         folder = Path(self.folder)
         folder.mkdir(mode=0o700, exist_ok=True)
-        self.recorder = Recorder(framework, folder / f"worker-{os.getpid()}", max_total_bytes=10 << 30)
+        self.recorder = Recorder(
+            framework, folder / f"worker-{os.getpid()}", rotate_s=self.rotate_s, max_total_bytes=10 << 30
+        )
         self.recorder.start(warm_up=lambda: self.generate(["Hello there", "Hi"], 3))
         # LitServe ends its workers with SIGTERM: let the last file have its index.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

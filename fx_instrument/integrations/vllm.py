@@ -319,6 +319,15 @@ class WorkerCapture:
         self.capture.close()
         return self.capture.report()
 
+    def switch_capture(self, on: bool) -> bool:
+        """Store nothing from the next step on, or go on: ``llm.collective_rpc("switch_capture", args=(False,))``.
+
+        Returns:
+            Whether this worker stores now; False as well where another rank does, or after a failure.
+        """
+        self.capture.paused = not on
+        return bool(on) and self.capture.is_capturing
+
     def capture_report(self) -> dict[str, Any] | None:
         """What this worker captured so far; None where another rank stores."""
         return self.capture.report()

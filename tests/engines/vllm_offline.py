@@ -25,6 +25,10 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     llm = LLM(job["model"], **options)
     results = []
     for requests in job["rounds"]:
+        if isinstance(requests, bool):
+            switched = llm.collective_rpc("switch_capture", args=(requests,))
+            assert switched == [requests], switched
+            continue
         sampling = [
             SamplingParams(
                 temperature=0,
