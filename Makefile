@@ -26,7 +26,7 @@ test: $(VENV)/.ready-test
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 # Starts servers on free ports of 127.0.0.1 and a local Ray cluster.
-SERVER_TESTS = $(addprefix tests/test_,transformers_serve.py serve_fastapi.py serve_litserve.py harvest_ray.py)
+SERVER_TESTS = $(addprefix tests/test_,transformers_serve.py serve_fastapi.py serve_litserve.py harvest_ray.py real_servers.py)
 test-servers: $(VENV)/.ready-servers
 	$(VENV)/bin/python -m pytest -m server $(SERVER_TESTS) $(PYTEST_ARGS)
 

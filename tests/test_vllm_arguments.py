@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 
 from fx_instrument import HookConfig, HookGranularity, InstrumentationConfig, InstrumentationError
 from fx_instrument.integrations import vllm
-from fx_instrument.integrations.vllm import BACKEND, WorkerCapture, _Settings, engine_arguments
+from fx_instrument.integrations.vllm import BACKEND, WorkerCapture, engine_arguments
 
 
 class CudaGraphs(enum.Enum):
@@ -146,15 +147,19 @@ def test_bad_arguments(tmp_path: Path, arguments: dict[str, Any], error: type[Ex
 
 
 def test_the_plan_is_in_the_cache_key_and_the_path_is_not(tmp_path: Path) -> None:
-    """vLLM's key of compiled artifacts changes with the sites, and with nothing that leaves the graphs as they are."""
+    """What a worker leaves of its settings, which vLLM hashes as JSON, changes with the sites and with nothing else."""
 
     def key(config: InstrumentationConfig, name: str = "a", **options: Any) -> str:
-        return _Settings(
-            engine_arguments(config, tmp_path / name, **options)["additional_config"]
-        ).compute_hash()
+        arguments = engine_arguments(config, tmp_path / name, **options)
+        vllm_config = engine(tmp_path / name, {})
+        vllm_config.additional_config = {"another": 1, **arguments["additional_config"]}
+        vllm._capture_of(vllm_config)
+        assert type(vllm_config.additional_config) is dict
+        assert vllm_config.additional_config["another"] == 1
+        return json.dumps(vllm_config.additional_config, sort_keys=True)
 
     full = key(InstrumentationConfig())
-    assert key(InstrumentationConfig(), "b", on_full="drop") == full
+    assert key(InstrumentationConfig(max_memory_gb=0.5), "b", on_full="drop", capture="requested") == full
     assert key(InstrumentationConfig(granularity=HookGranularity.MLP_ONLY)) != full
     globs = HookConfig(target_layers=["model.layers.0.*"])
     assert key(InstrumentationConfig(hook_config=globs)) != full

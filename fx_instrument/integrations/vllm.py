@@ -11,7 +11,6 @@ route) is what vLLM's Dynamo trace of the whole model goes to: the graph is rewr
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import json
 import logging
@@ -138,23 +137,20 @@ def server_arguments(*args: Any, **kwargs: Any) -> list[str]:
     ]
 
 
-class _Settings(dict[str, Any]):
-    """vLLM's additional_config, of which its compile cache's key takes in what changes the graphs, and only that.
+def _graph_settings(additional_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of vLLM's additional_config what changes the graphs, and only that, for the key of its compile cache.
 
-    Without it, captured and plain artifacts would be one entry of the cache; with all of it, each output file would
-    compile anew.
+    Without our part, captured and plain artifacts would be one entry of the cache; with all of it, each output file
+    would compile anew. vLLM hashes a dict as its JSON text, so what must not count must not be in it.
     """
-
-    def compute_hash(self) -> str:
-        ours = self[KEY]
-        config = ours["config"]
-        plan = {
-            "others": {key: value for key, value in self.items() if key != KEY},
-            "granularity": config["granularity"],
-            "target_layers": config["hook_config"]["target_layers"],
-            "version": ours["version"],
-        }
-        return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    ours = additional_config[KEY]
+    config = ours["config"]
+    plan = {
+        "granularity": config["granularity"],
+        "target_layers": config["hook_config"]["target_layers"],
+        "version": ours["version"],
+    }
+    return {**additional_config, KEY: plan}
 
 
 # The worker of this process whose model is compiled now; vLLM builds one at a time.
@@ -215,7 +211,7 @@ def _capture_of(vllm_config: Any) -> EngineCapture:
     if settings["route"] == "plugin":
         _restore_piecewise(vllm_config)
     _check_supported(vllm_config, settings["route"])
-    vllm_config.additional_config = _Settings(vllm_config.additional_config)
+    vllm_config.additional_config = _graph_settings(vllm_config.additional_config)
     return EngineCapture(
         _config_of(settings["config"]),
         Path(settings["output_path"]),
