@@ -213,15 +213,18 @@ class Request(Mapping[str, "RequestRows"]):
         return max((p.position + p.count for file in self._found for p in file.places), default=0)
 
     def token_ids(self) -> dict[int, int]:
-        """The token at each position with a row; empty if tokens were not recorded."""
+        """The token at each position with a row, ascending; empty if tokens were not recorded."""
         tokens: dict[int, int] = {}
-        found = self._found[0]
-        for place in found.places:
-            ids = self._stream.inputs(place.step, rank=found.rank).get(TOKENS_INPUT)
+        # A request goes on in the next file after a rotation; pipeline stages all have the same tokens.
+        for rank, place in ((file.rank, place) for file in self._found for place in file.places):
+            positions = range(place.position, place.position + place.count)
+            if tokens.keys() >= set(positions):
+                continue
+            ids = self._stream.inputs(place.step, rank=rank).get(TOKENS_INPUT)
             if ids is not None:
                 row = ids.flatten()[place.offset : place.offset + place.count].tolist()
-                tokens.update(zip(range(place.position, place.position + place.count), row, strict=True))
-        return tokens
+                tokens.update(zip(positions, row, strict=True))
+        return dict(sorted(tokens.items()))
 
     def __getitem__(self, site: str) -> RequestRows:
         if site not in self._sites:

@@ -191,19 +191,19 @@ def test_memory_threads_and_files_stay_flat(tmp_path: Path) -> None:
 def test_memory_stays_flat_over_requests(tmp_path: Path) -> None:
     """Thousands of requests with ids of their own, over files that rotate and go: no more memory than at a quarter."""
     model, framework = instrumented()
-    prompts = [tokens(1, 8, seed=seed) for seed in range(8)]
+    prompts = [tokens(1, 8, seed=seed) for seed in range(500)]
     step = tokens(1, 1)
     process = psutil.Process()
     folder, sizes = tmp_path / "r", []
     with Recorder(
-        framework, folder, rotate_bytes=300_000, max_files=3, max_stall_s=1.0, min_free_bytes=0
+        framework, folder, rotate_s=0.3, max_files=3, max_stall_s=1.0, min_free_bytes=0
     ) as recorder:
 
         def serve(thread: int) -> None:
             with torch.no_grad():
                 for number in range(500):
                     with recorder.request(f"request-{thread}-{len(sizes)}-{number}"):
-                        model(prompts[number % 8])
+                        model(prompts[number])
                         model(step)
 
         for _ in range(8):
@@ -215,7 +215,7 @@ def test_memory_stays_flat_over_requests(tmp_path: Path) -> None:
             until(lambda: not recorder._ending)
             sizes.append((process.memory_info().rss, process.num_threads(), process.num_fds()))
     report = recorder.report
-    assert report.steps == 16_000 and report.failures == 0 and report.files > 20
+    assert report.steps == 16_000 and report.failures == 0 and report.files > 10
     assert report.records + report.dropped_records == 16_000 * SITES
     assert len(files(folder)) <= 3
     quarter, end = sizes[1], sizes[-1]
@@ -551,8 +551,17 @@ def test_rows_by_request(tmp_path: Path) -> None:
             assert torch.equal(rows.token_positions, torch.arange(prompt.shape[1] + 2))
             assert not len(rows.missing_positions) and request.num_prompt_tokens == prompt.shape[1]
             assert torch.equal(rows.tensor(), expected)
-            assert list(request.token_ids().values())[: prompt.shape[1]] == prompt[0].tolist()
+            generated = [int(tokens(1, 1, seed=step)) for step in range(2)]
+            assert request.token_ids() == dict(enumerate(prompt[0].tolist() + generated))
         assert len(stream.request(again)["layers.0.self_attn"]) == 2
+    # Of the last file alone, too: how long the prompt was is known where only generated tokens lie.
+    number = 0
+    for path in files(tmp_path / "r")[1:]:
+        with open_stream(path) as stream:
+            for name in set(stream.requests) & set(prompts):
+                assert stream.request(name).num_prompt_tokens == prompts[name].shape[1]
+                number += min(stream.request(name)["layers.0.mlp"].token_positions) >= prompts[name].shape[1]
+    assert number
 
 
 def test_rows_of_a_padded_batch() -> None:

@@ -33,11 +33,20 @@ class Tag:
         # Drawn, not counted: files of several processes, read as one, must not share a number.
         self.number = secrets.randbits(62)
         self.next_position = 0
+        self._prompt_tokens: int | None = None
 
-    def entry(self, prompt_tokens: int) -> dict[str, Any]:
+    def entry(self, num_tokens: int) -> dict[str, Any]:
+        """What a file says of the request, whose forward call of ``num_tokens`` is recorded as its first there."""
+        if self._prompt_tokens is None:
+            self._prompt_tokens = num_tokens
         # A client may use an id twice; this one is the request's own.
         engine_id = f"{self.id}-{self.number & 0xFFFFFFFF:08x}"
-        return {"number": self.number, "id": self.id, "engine_id": engine_id, "prompt_tokens": prompt_tokens}
+        return {
+            "number": self.number,
+            "id": self.id,
+            "engine_id": engine_id,
+            "prompt_tokens": self._prompt_tokens,
+        }
 
 
 class Request:
