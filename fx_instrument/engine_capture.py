@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from .row_plan import EVERYTHING, Group, RowPlanner
 
 log = logging.getLogger(__name__)
 
+# A file that was deleted or replaced takes what is written with it: it is looked for so often.
+_LOOK_S = 1.0
 # The values of a call go to the buffer in pieces, so that a large prefill needs no buffer of its size.
 _PIECES = 8
 
@@ -128,6 +131,8 @@ class EngineCapture(InstrumentationFramework):
         self._session: Session | None = None
         self._closed = False
         self._planner: RowPlanner | None = None
+        self._inode = -1
+        self._looked_s = 0.0
 
     # -- starting -----------------------------------------------------------------------------------------------
 
@@ -153,6 +158,7 @@ class EngineCapture(InstrumentationFramework):
             rank=rank,
             world=world,
         )
+        self._inode = self.path.stat().st_ino
         atexit.register(self.close)
 
     def compile(
@@ -262,12 +268,25 @@ class EngineCapture(InstrumentationFramework):
         Never raises: a failure switches the capture off, and the engine goes on.
         """
         try:
+            self._check_file()
             self._store(scheduled, token_ids)
         except Exception as error:
             self.switch_off(error)
         failure = self._session.failure if self._session is not None else None
         if failure is not None and self.failed is None:
             self.switch_off(failure)
+
+    def _check_file(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._looked_s < _LOOK_S:
+            return
+        self._looked_s = now_s
+        try:
+            inode = self.path.stat().st_ino
+        except FileNotFoundError:
+            raise FileNotFoundError(f"the file {self.path} was deleted while it was written") from None
+        if inode != self._inode:
+            raise FileNotFoundError(f"the file {self.path} was replaced while it was written")
 
     def _store(self, scheduled: Sequence[Scheduled], token_ids: torch.Tensor | None) -> None:
         assert self._planner is not None

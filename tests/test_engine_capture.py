@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fx_instrument import InstrumentationConfig, analyze_activations, open_stream
+from fx_instrument import InstrumentationConfig, analyze_activations, engine_capture, open_stream
 from fx_instrument.engine_capture import EngineCapture
 from fx_instrument.errors import BufferTooSmallError, InstrumentationError, MissingRecordError
 
@@ -278,6 +279,32 @@ def test_switched_off_and_on(tmp_path: Path) -> None:
                 rows = stream.request(name)[site]
                 assert rows.token_positions.tolist() == kept and rows.missing_positions.tolist() == passed
                 torch.testing.assert_close(rows.tensor(), expected[kept])
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_vanished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, replaced: bool
+) -> None:
+    """A removed folder, or another file in its place: one line in the log, and the engine answers as before."""
+    monkeypatch.setattr(engine_capture, "_LOOK_S", 0.0)
+    (tmp_path / "r").mkdir()
+    path = tmp_path / "r" / "a.stream"
+    engine = Engine(path)
+    engine.add("a", [1, 2, 3])
+    before = engine.step([("a", 0, 3)])
+    shutil.rmtree(tmp_path / "r")
+    if replaced:
+        (tmp_path / "r").mkdir()
+        path.write_bytes(b"another's")
+    for name in ("b", "c"):
+        engine.add(name, [1, 2, 3])
+        assert torch.equal(engine.step([(name, 0, 3)]), before)
+    says = "was replaced while" if replaced else "was deleted while"
+    assert says in str(engine.capture.failed) and not engine.capture.is_capturing
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(lines) == 1 and "switched off, the engine goes on" in lines[0] and says in lines[0]
+    engine.capture.close()
+    assert path.read_bytes() == b"another's" if replaced else not path.exists()
 
 
 def test_the_file_is_private(tmp_path: Path) -> None:
