@@ -16,7 +16,8 @@ from .capture.transfer import host_bytes
 from .config import BYTES_PER_GB, HookGranularity, InstrumentationConfig
 from .graph.attach import integer_inputs, is_ours, positional_names
 from .graph.rewrite import Sampling
-from .graph.sites import Role, Site
+from .graph.roles import Role
+from .graph.sites import Site
 from .graph.trace import GraphBreak, SeenValue, Traced, trace_call
 from .graph.twin import make_twin
 from .stream.records import RecordMeta

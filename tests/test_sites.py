@@ -8,7 +8,8 @@ from models import PLAIN, SHARED, Shape, make
 from torch import nn
 
 from fx_instrument import HookConfig, HookGranularity, InstrumentationConfig, NoSitesError
-from fx_instrument.graph.sites import choose_sites, find_roles
+from fx_instrument.graph.roles import find_roles
+from fx_instrument.graph.sites import choose_sites
 
 
 def names(model: nn.Module, *globs: str) -> list[str]:
@@ -78,6 +79,44 @@ def test_the_whole_model_is_no_site(architecture: str) -> None:
     roles = find_roles(model)
     assert len(roles) == (2 if architecture.startswith("mamba") else 4)
     assert all(".0." in name or ".1." in name for name in roles)
+
+
+ODD_LAYERS: dict[str, tuple[str, str, set[str]]] = {
+    # Residual streams are mixed around attention and MLP, by modules that go by their names.
+    "deepseek_v4": ("DeepseekV4Model", "layers.0.", {"self_attn", "mlp"}),
+    "qwen4_exp_text": ("Qwen4ExpTextModel", "layers.1.", {"self_attn", "mlp"}),
+    # Norms scaled by an MLP of their own.
+    "axk2": ("AXK2Model", "layers.0.", {"self_attn", "mlp"}),
+    # A modulation in attention's place.
+    "focalnet": ("FocalNetModel", "encoder.stages.0.layers.0.", {"modulation", "mlp"}),
+    # A convolution named for the attention that it feeds; an MLP over neighbours.
+    "seamless_m4t": ("SeamlessM4TModel", "speech_encoder.adapter.layers.0.", {"self_attn", "ffn"}),
+    "seamless_m4t_v2": ("SeamlessM4Tv2Model", "t2u_model.model.decoder.layers.0.", {"self_attn", "conv2"}),
+}
+
+
+@pytest.mark.parametrize("architecture", ODD_LAYERS)
+def test_odd_layers(architecture: str) -> None:
+    """What stands in attention's or an MLP's place is found, what only goes by their names is not."""
+    transformers = pytest.importorskip("transformers")
+    from architectures.shrink import small_config
+
+    class_name, layer, expected = ODD_LAYERS[architecture]
+    with torch.device("meta"):
+        model = getattr(transformers, class_name)._from_config(small_config(architecture))
+    roles = find_roles(model)
+    assert {name.removeprefix(layer) for name in roles if name.startswith(layer)} == expected
+    assert {roles[layer + name] for name in expected} == {"attention", "mlp"}
+
+
+def test_what_scales_by_a_condition_is_no_attention() -> None:
+    """FocalNet's modulation leads back to the width that it takes; a diffusion model's widens a condition."""
+
+    def projections(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, width))
+
+    parts = {"modulation": projections(8), "adaLN_modulation": projections(48), "mlp": projections(8)}
+    assert find_roles(nn.ModuleList([nn.ModuleDict(parts)])) == {"0.modulation": "attention", "0.mlp": "mlp"}
 
 
 def test_malformed_globs() -> None:

@@ -15,8 +15,9 @@ from ..sampling import positions
 from .marker import first_tensor
 from .ops import op_of
 from .rewrite import Sampling
+from .roles import Role
 from .scope import seen_ops
-from .sites import Role, Site
+from .sites import Site
 
 TOLERANCES = {"float64": 1e-6, "float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1}
 """How far a captured value may be from the eager one, relative to the eager one's largest element: what fused

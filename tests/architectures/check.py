@@ -29,7 +29,7 @@ from torch import nn
 from torch._dynamo import lookup_backend
 
 from fx_instrument import HookConfig, InstrumentationConfig, InstrumentationFramework, open_stream
-from fx_instrument.graph.sites import Role, find_roles
+from fx_instrument.graph.roles import Role, find_roles
 
 Run = Callable[[nn.Module], Any]
 Values = dict[tuple[str, int, int], torch.Tensor]
