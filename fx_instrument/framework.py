@@ -31,6 +31,7 @@ from .exported import attach_program, rewrite_program
 from .graph.attach import Attachment, check_free, inner_module
 from .graph.backend import CaptureBackend, InnerBackend, needs_strictness
 from .graph.exported_call import ExportedAttachment
+from .graph.guards import split_options
 from .graph.rewrite import Sampling
 from .graph.sites import Site, choose_sites
 from .plan import Plan, plan_model
@@ -108,10 +109,13 @@ class InstrumentationFramework:
             if backend is None:
                 attachment.count_steps_in_trace()
             else:
-                fullgraph = compile_options.pop("fullgraph", False)
-                dynamic = compile_options.get("dynamic")
-                capture_backend = self._make_backend(attachment, backend, compile_options)
-                attachment.compile(capture_backend, fullgraph=fullgraph, dynamic=dynamic)
+                guard_filter_fn, compile_options["options"] = split_options(compile_options.get("options"))
+                outer = {
+                    "fullgraph": compile_options.pop("fullgraph", False),
+                    "dynamic": compile_options.get("dynamic"),
+                    "guard_filter_fn": guard_filter_fn,
+                }
+                attachment.compile(self._make_backend(attachment, backend, compile_options), **outer)
         except BaseException:
             attachment.detach()
             raise
@@ -138,6 +142,8 @@ class InstrumentationFramework:
             raise TypeError(
                 f"unknown backend options {sorted(unknown)}; mode, dynamic and options pass through"
             )
+        if "guard_filter_fn" in (options.get("options") or {}):
+            raise TypeError("guard_filter_fn is torch.compile's own: give it to torch.compile(options=...)")
         attachment = self._instrumented("backend")
         if attachment.compiled:
             # Its steps are counted around the compiled call that stands in the model already.

@@ -13,8 +13,9 @@ from torch import fx, nn
 
 from .config import HookGranularity, InstrumentationConfig
 from .graph.attach import Attachment, is_ours, isolation
-from .graph.backend import CaptureBackend, InnerBackend, resolve_inner
+from .graph.backend import CaptureBackend, InnerBackend, needs_strictness, resolve_inner
 from .graph.compare import difference
+from .graph.guards import split_options
 from .graph.nested import copy_graph
 from .graph.reference import ComparingSink, SiteDifference, eager_values, largest_difference, same_bits
 from .graph.rewrite import Sampling
@@ -32,6 +33,9 @@ class Certificate:
     model: str
     backend: str
     strict_numerics: bool
+    num_graphs_apart: int
+    """Graphs whose captures would have changed the compiled kernels: under ``strict_numerics`` a graph of their own
+    computes them."""
     outputs_bit_equal: bool
     """Capturing against the same model compiled without this package."""
     max_output_difference: float
@@ -64,6 +68,7 @@ class Certificate:
             f"{self.model}, {self.backend}: {'certified' if self.ok else 'NOT certified'}",
             f"outputs while capturing: {_verdict(self.outputs_bit_equal, self.max_output_difference)}",
             f"outputs while idle: {'bit-equal' if self.idle_bit_equal else 'differ'}",
+            *([f"strict numerics: {self._strictly()}"] if self.strict_numerics else []),
             f"graphs: {_counts(self.num_graphs)}; compiled again: {_counts(self.num_recompiles)}",
             f"rewritten graphs without captures: {'the original ones' if self.graphs_equal else 'differ'}",
             f"sites against eager hooks: {equal} of {len(self.sites)} bit-equal"
@@ -74,6 +79,14 @@ class Certificate:
             ),
         ]
         return "\n".join([*lines, *(f"problem: {problem}" for problem in self.problems)])
+
+    def _strictly(self) -> str:
+        if not self.num_graphs_apart:
+            return "captures leave every kernel as it is, nothing runs twice"
+        return (
+            f"captures of {self.num_graphs_apart} of {self.num_graphs['capturing']} graphs would change kernels: "
+            f"computed by a graph of their own"
+        )
 
 
 def verify_model(
@@ -93,10 +106,12 @@ def verify_model(
         options: ``mode``, ``options``, ``dynamic`` and ``fullgraph`` of ``torch.compile``.
     """
     outer = {name: options[name] for name in ("dynamic", "fullgraph") if options.get(name) is not None}
-    bound = [options.get(name) for name in ("mode", "options", "dynamic")]
+    guard_filter_fn, inner_options = split_options(options.get("options"))
+    bound = (options.get("mode"), inner_options, options.get("dynamic"))
+    filtered: dict[str, Any] = {"options": {"guard_filter_fn": guard_filter_fn}} if guard_filter_fn else {}
+    strict = config.strict_numerics and needs_strictness(inner)
 
-    def compiled(twin: nn.Module, backend: Callable[..., Any]) -> Callable[[], list[torch.Tensor]]:
-        call: Any = torch.compile(twin._call_impl, backend=backend, **outer, **isolation())
+    def called(call: Callable[..., Any], twin: nn.Module) -> Callable[[], list[torch.Tensor]]:
         return lambda: _run(call, twin, args, kwargs)
 
     twin = make_twin(model, is_ours)
@@ -106,7 +121,10 @@ def verify_model(
     plain = _Recorder()
     with undisturbed():
         twin = make_twin(model, is_ours)
-        call = compiled(twin, plain.outer(plain.inner(resolve_inner(inner, *bound))))
+        backend: Any = plain.outer(plain.inner(resolve_inner(inner, *bound)))
+        call = called(
+            torch.compile(twin._call_impl, backend=backend, **outer, **isolation(), **filtered), twin
+        )
         outputs = call()
         plain_graphs = len(plain.graphs)
         call()
@@ -122,8 +140,13 @@ def verify_model(
             _sampling(config),
             captured.inner(resolve_inner(inner, *bound)),
             pack_on=(),
+            strict=strict,
         )
-        idle, capturing = (compiled(twin, captured.outer(backend)) for _ in range(2))
+        backend = captured.outer(backend)
+        idle, capturing = (
+            called(attachment.compiled_variant(backend, guard_filter_fn=guard_filter_fn, **outer), twin)
+            for _ in range(2)
+        )
         counts = [0]
         idle_outputs = idle()
         counts.append(len(captured.graphs))
@@ -149,6 +172,8 @@ def verify_model(
         model=type(model).__name__,
         backend=inner if isinstance(inner, str) else getattr(inner, "__name__", type(inner).__name__),
         strict_numerics=config.strict_numerics,
+        # Without captures, with them, and the captures alone.
+        num_graphs_apart=sum(len(graphs) == 3 for graphs in captured.graphs[num_idle : counts[2]]),
         outputs_bit_equal=all(map(same_bits, outputs, captured_outputs)),
         max_output_difference=max(differences, default=0.0),
         idle_bit_equal=all(map(same_bits, outputs, idle_outputs)),

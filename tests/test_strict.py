@@ -78,13 +78,40 @@ def test_inductors_outputs_are_those_without_captures(
             torch.testing.assert_close(stream.read(*key), value, rtol=5e-2, atol=5e-2)
 
 
+def test_with_cuda_graph_modes(tmp_path: Path) -> None:
+    """mode="reduce-overhead" on a CPU: the outputs of the model compiled so without captures, over several inputs."""
+    model = make(PLAIN, torch.bfloat16)
+    reference = copy.deepcopy(model)
+    plain = torch.compile(copy.deepcopy(model), mode="reduce-overhead")
+    config = InstrumentationConfig(strict_numerics=True, hook_config=HookConfig(target_layers=["layers.*"]))
+    framework = InstrumentationFramework(config)
+    framework.instrument_model(model, mode="reduce-overhead")
+    inputs = [tokens(4, 24, seed=seed) for seed in range(3)]
+    with torch.no_grad():
+        expected = [plain(ids).clone() for ids in inputs]
+        with framework.capture_activations(tmp_path / "o.stream") as capture:
+            assert all(same_bits(model(ids), out) for ids, out in zip(inputs, expected, strict=True))
+        values = eager_values(reference, ["layers.0", "layers.1"], lambda m: [m(ids) for ids in inputs])
+        assert framework.verify(model, inputs[0]).num_graphs_apart == 1
+    assert capture.report.records == len(values) == 6 and capture.report.eager_records == 0
+    with open_stream(tmp_path / "o.stream") as stream:
+        for key, value in values.items():
+            torch.testing.assert_close(stream.read(*key), value, rtol=5e-2, atol=5e-2)
+
+
 def test_verify_says_so() -> None:
-    """What verify finds without strict_numerics names the way out, and with it the model is certified."""
-    model, ids = make(Shape(depth=1), torch.bfloat16), tokens(4, 24)
+    """What verify finds without strict_numerics names the way out; with it, it says what that takes."""
+    model, ids = make(PLAIN, torch.bfloat16), tokens(4, 24)
+    config = InstrumentationConfig(hook_config=HookConfig(target_layers=["layers.*", "layers.*.norm?"]))
+    with torch.no_grad():
+        found = InstrumentationFramework(config).verify(model, ids)
+    assert not found.ok and not found.outputs_bit_equal and found.max_output_difference > 0
+    assert any("strict_numerics=True keeps them" in problem for problem in found.problems)
     framework = strictly(model, "inductor", ["layers.*", "layers.*.norm?"])
     with torch.no_grad():
         found = framework.verify(model, ids)
     assert found.ok and found.outputs_bit_equal and found.strict_numerics, str(found)
+    assert found.num_graphs_apart == 1 and "a graph of their own" in str(found)
 
 
 @pytest.mark.parametrize("granularity", [HookGranularity.FULL_TENSOR, HookGranularity.SAMPLED_SLICES])

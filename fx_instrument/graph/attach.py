@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import AlreadyInstrumentedError, InstrumentationError
 from .backend import SiteFinder
 from .gate import Gate
+from .guards import GuardFilter, GuardFilterFn
 from .marker import (
     Marker,
     Sink,
@@ -70,14 +71,12 @@ class Attachment:
         self._generation_config: tuple[Any, Any] | None = None
 
     def compile(self, backend: Callable[..., Any], **options: Any) -> None:
-        """Compile the model in place, so that ``model(...)`` and ``model.generate(...)`` run the rewritten graph."""
+        """Compile the model in place, so that ``model(...)`` and ``model.generate(...)`` run the rewritten graph.
+
+        ``options`` are those of ``compiled_variant``.
+        """
         model = self.model
-        options.update(isolation())
-        call = model._call_impl
-        if any(site.name in ATTENTION_OPS for site in self.sites):
-            # Dynamo runs a root's hooks as Python; inside a function of its own the root is no root.
-            call = wrap_inline(call)
-        idle, capturing = (torch.compile(call, backend=backend, **options) for _ in range(2))
+        idle, capturing = (self.compiled_variant(backend, **options) for _ in range(2))
         for module in (model,) if self._outer is None else (model, self._outer):
             # In the instance's __dict__, as Module.compile leaves it; absent where only the class has it.
             self._before.append((module, module.__dict__.get("_compiled_call_impl")))
@@ -90,6 +89,30 @@ class Attachment:
             # On accelerators generate() compiles static-cache decoding itself, past this backend.
             self._generation_config = (generation_config, generation_config.disable_compile)
             generation_config.disable_compile = True
+
+    def compiled_variant(
+        self, backend: Callable[..., Any], *, guard_filter_fn: GuardFilterFn | None = None, **options: Any
+    ) -> Callable[..., Any]:
+        """The model's forward call, compiled to be called in one state only: idle, or capturing.
+
+        ``options`` are ``dynamic`` and ``fullgraph`` of ``torch.compile``.
+        """
+        call = self.model._call_impl
+        if any(site.name in ATTENTION_OPS for site in self.sites):
+            # Dynamo runs a root's hooks as Python; inside a function of its own the root is no root.
+            call = wrap_inline(call)
+        apart = isolation()
+        if apart:
+            # Where all models share their entries, every guard may be what tells two of them apart.
+            hook_ids = [handle.id for handle in self._handles]
+            guard_filter_fn = GuardFilter(
+                self.model, (self.marker, self._scope_marker), hook_ids, guard_filter_fn
+            )
+        filtered: dict[str, Any] = (
+            {"options": {"guard_filter_fn": guard_filter_fn}} if guard_filter_fn else {}
+        )
+        compiled: Callable[..., Any] = torch.compile(call, backend=backend, **options, **apart, **filtered)
+        return compiled
 
     @property
     def compiled(self) -> bool:
