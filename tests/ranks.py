@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -66,7 +67,11 @@ def main() -> None:
     # Small buckets, so that Dynamo splits the graph of so small a model too.
     torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 10_000
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=120),  # the other rank failed, and will never come
     )
     for way in ("inner", "outer", "user", "fsdp"):
         (folder / way).mkdir(exist_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hooks import eager_values, same_bits
+from torch._dynamo.utils import counters
 
 from fx_instrument import HookGranularity, InstrumentationConfig, InstrumentationFramework, open_stream
 
@@ -91,6 +92,31 @@ def test_generate(tmp_path: Path, name: str, more: dict[str, Any]) -> None:
         assert rows == (prompt + 2 * (NEW_TOKENS - 1) if cached else 2 * sum(range(7, 7 + NEW_TOKENS)))
         assert torch.equal(stream.inputs(0)["input_ids"], IDS)
         assert torch.equal(stream.inputs(0)["attention_mask"][:, :7].long(), MASK)
+
+
+@pytest.mark.parametrize("more", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+def test_blocks_around_generate_compile_once(more: dict[str, Any]) -> None:
+    """After the first block, entering and leaving blocks around generate() compiles nothing."""
+    model = build("llama")
+    framework = InstrumentationFramework()
+    framework.instrument_model(model, backend="aot_eager")
+    expected = generate(model, **more)
+
+    def captured() -> int:
+        with framework.capture_activations(None) as capture:
+            assert torch.equal(generate(model, **more), expected)
+        return capture.report.records
+
+    assert captured() == 4 * NEW_TOKENS
+    compiled = counters["stats"]["unique_graphs"], counters["frames"]["total"]
+    assert compiled[0] > 0
+    # Of all that Dynamo could not take from what it has, this stance makes an error.
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(3):
+            assert torch.equal(generate(model, **more), expected)
+            assert captured() == 4 * NEW_TOKENS
+    assert torch.equal(generate(model, **more), expected)
+    assert (counters["stats"]["unique_graphs"], counters["frames"]["total"]) == compiled
 
 
 def test_an_encoder_outside_the_forward(tmp_path: Path) -> None:

@@ -24,23 +24,25 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.slow
 def test_two_ranks(tmp_path: Path) -> None:
     """DistributedDataParallel inside, around and compiled by the user, and FSDP2: each rank's own values."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "ranks.py"), str(tmp_path)],
-            env={**os.environ, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    processes = []
     try:
-        outputs = [process.communicate(timeout=500)[0] for process in processes]
+        for rank, log in enumerate(logs):
+            with log.open("w") as out:
+                process = subprocess.Popen(
+                    [sys.executable, str(HERE / "ranks.py"), str(tmp_path)],
+                    env={**os.environ, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                )
+            processes.append(process)
+        codes = [process.wait(timeout=400) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0 and f"rank {rank} done" in output, output[-3000:]
+    outputs = [log.read_text() for log in logs]
+    assert codes == [0, 0], "\n".join(output[-3000:] for output in outputs)
+    assert all(f"rank {rank} done" in output for rank, output in enumerate(outputs))
     assert "a path of its own" in outputs[1]
     for way in ("inner", "outer", "user", "fsdp"):
         with open_stream(tmp_path / way) as stream:
