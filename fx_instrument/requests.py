@@ -189,7 +189,7 @@ class Request(Mapping[str, "RequestRows"]):
     Attributes:
         id: as the client knows it.
         engine_id: as the engine knows it; unique.
-        num_prompt_tokens: None if the file lost it.
+        num_prompt_tokens: None where it is not known: the file lost it, or an engine cut the prompt unseen.
         num_cached_tokens: positions from 0 on that a prefix-cache hit spared, so that they have no rows.
         positions: which positions the request asked for: "all", "prompt", "last", "generated", or a list.
     """

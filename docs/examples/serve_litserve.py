@@ -23,6 +23,10 @@ from fx_instrument import InstrumentationConfig, InstrumentationFramework, Recor
 from fx_instrument.demo.smollm import load_model
 
 
+def load() -> tuple[Any, Any]:
+    return load_model(torch.float32)
+
+
 class RecordedLLM(ls.LitAPI):
     """Generates text; what ``load`` returns is instrumented in the worker process."""
 
@@ -30,7 +34,7 @@ class RecordedLLM(ls.LitAPI):
         self,
         folder: str,
         *,
-        load: Any = lambda: load_model(torch.float32),
+        load: Any = load,  # goes to the worker process by its name: no lambda
         backend: str = "inductor",
         rotate_s: float = 600,
         **options: Any,

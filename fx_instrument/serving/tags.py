@@ -26,18 +26,24 @@ _KNOWN = 10_000
 
 
 class Tag:
-    """One request id: the number that stands for it in files, and where its sequence is."""
+    """One request id: the number that stands for it in files, and where its sequence is.
 
-    def __init__(self, request_id: str) -> None:
+    Args:
+        request_id: as the client knows it.
+        whole_prompt: whether its first forward call runs its prompt whole, as engines that cut prompts don't.
+    """
+
+    def __init__(self, request_id: str, *, whole_prompt: bool = True) -> None:
         self.id = request_id
         # Drawn, not counted: files of several processes, read as one, must not share a number.
         self.number = secrets.randbits(62)
         self.next_position = 0
+        self._whole_prompt = whole_prompt
         self._prompt_tokens: int | None = None
 
     def entry(self, num_tokens: int) -> dict[str, Any]:
         """What a file says of the request, whose forward call of ``num_tokens`` is recorded as its first there."""
-        if self._prompt_tokens is None:
+        if self._prompt_tokens is None and self._whole_prompt:
             self._prompt_tokens = num_tokens
         # A client may use an id twice; this one is the request's own.
         engine_id = f"{self.id}-{self.number & 0xFFFFFFFF:08x}"
@@ -114,7 +120,7 @@ class SourcedRows:
     def _tag(self, name: str) -> Tag:
         tag = self._tags.get(name)
         if tag is None:
-            tag = self._tags[name] = Tag(name)
+            tag = self._tags[name] = Tag(name, whole_prompt=False)
             if len(self._tags) > _KNOWN:
                 self._tags.popitem(last=False)
         self._tags.move_to_end(name)
