@@ -8,11 +8,15 @@ Engines are started one after the other, each in a process of its own, and stay;
 that drift of the machine falls on all alike. An engine that is not measured sleeps in its process. Reported are the
 medians over rounds of each variant's time divided by plain vLLM's of the same round, and the quartiles: of the wall
 clock, of the CPU time of the thread that runs the model, and of that of the whole process, compressors included.
+``own_share`` is the share of the wall clock that the model's thread spent in the capture's own functions, which tells
+what the ratios' spread hides.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
 import os
 import platform
@@ -22,18 +26,48 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .machine import processor
 
 MEASURES = ("wall_s", "model_thread_cpu_s", "process_cpu_s")
+# What the capture runs on the model's thread in each step.
+OWN = {
+    "integrations.vllm": {"WorkerCapture": ("_begin_step",)},
+    "engine_capture": {"EngineCapture": ("arm", "store"), "StepSink": ("deliver", "reserve")},
+}
 VARIANTS = {
     "plain": None,
     "nobody asks": ("requested", 0),
     "3 of 200": ("requested", 3),
     "all": ("all", None),
 }
+
+
+def time_own() -> list[float]:
+    """Have the capture's functions count their seconds; the sum is the list's only item."""
+    spent = [0.0]
+
+    def timed(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                spent[0] += time.perf_counter() - started
+
+        return call
+
+    for room, classes in OWN.items():
+        module = importlib.import_module(f"fx_instrument.{room}")
+        for owner, names in classes.items():
+            for name in names:
+                holder = getattr(module, owner)
+                setattr(holder, name, timed(getattr(holder, name)))
+    return spent
 
 
 def serve(variant: str, arguments: argparse.Namespace, folder: Path) -> None:
@@ -45,6 +79,7 @@ def serve(variant: str, arguments: argparse.Namespace, folder: Path) -> None:
     from fx_instrument import HookGranularity, InstrumentationConfig
     from fx_instrument.integrations.vllm import engine_arguments
 
+    own = time_own()
     capture = VARIANTS[variant]
     options: dict[str, Any] = {}
     if capture is not None:
@@ -82,9 +117,9 @@ def serve(variant: str, arguments: argparse.Namespace, folder: Path) -> None:
             )
             for index in range(len(prompts))
         ]
-        started = time.perf_counter(), time.thread_time(), time.process_time()
+        started = time.perf_counter(), time.thread_time(), time.process_time(), own[0]
         llm.generate(prompts, sampling, use_tqdm=False)
-        ended = time.perf_counter(), time.thread_time(), time.process_time()
+        ended = time.perf_counter(), time.thread_time(), time.process_time(), own[0]
         print(*(b - a for a, b in zip(started, ended, strict=True)), file=answers, flush=True)
     report = llm.collective_rpc("finish_capture")[0] if capture is not None else None
     print(json.dumps(report), file=answers, flush=True)
@@ -121,7 +156,7 @@ class Engine:
         assert self._process.stdin is not None
         self._process.stdin.write(f"{seed}\n")
         self._process.stdin.flush()
-        return dict(zip(MEASURES, map(float, self._read().split()), strict=True))
+        return dict(zip((*MEASURES, "own_s"), map(float, self._read().split()), strict=True))
 
     def stop(self) -> dict[str, Any] | None:
         assert self._process.stdin is not None
@@ -193,6 +228,9 @@ def show(
                 f"{variant:12} {measure:18} {statistics.median(ratios):.3f}  "
                 f"[{quartiles[0]:.3f}, {quartiles[2]:.3f}]  {statistics.median(r[measure] for r in rounds):.2f} s"
             )
+        shares = [found["own_s"] / found["wall_s"] for found in rounds]
+        figures[variant]["own_share"] = {"median": statistics.median(shares), "largest": max(shares)}
+        print(f"{variant:12} {'own_share':18} {statistics.median(shares):.5f}  at most {max(shares):.5f}")
     if arguments.output is not None:
         record = {
             "command": ["python", "-m", "benchmarks.vllm_throughput", *sys.argv[1:]],

@@ -276,7 +276,7 @@ def test_ray_data_example(eager: Eager, tmp_path: Path) -> None:
 
     first = harvest(32)
     second = harvest(40)
-    assert second[: len(first)] == first
+    assert len(second) > len(first) and all(line in second for line in first)
     ids = [one for line in second for one in line["ids"]]
     assert sorted(ids) == sorted(f"text-{number}" for number in range(40))
     for line in second:
