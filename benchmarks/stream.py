@@ -4,8 +4,8 @@
 
 The values are the attention and MLP outputs of SmolLM2-135M on English text: prefill of 8 x 512 tokens, then 16 decode
 steps of 8. Speeds are bytes a CPU second of the whole process, medians of interleaved rounds; a memcpy runs over the
-same memory in every round, so that a machine whose speed drifts drifts for both. "wall" is time on the clock: of one
-compressor thread, and of a reader with its default threads.
+same memory in every round, so that a machine whose speed drifts drifts for both. CPU figures are of one thread, writing
+and reading; "wall" is time on the clock: of one compressor thread, and of a reader with its default threads.
 
 PART is one of codecs, huffman, put, workers, lossy, target, memory, large; all of them without ``--only``.
 """
@@ -41,6 +41,8 @@ from fx_instrument.stream.writer import StreamWriter
 
 from .machine import processor
 
+ALONE: dict[str, Any] = {"num_workers": 1, "memory_bytes": 30 << 20}
+"""One compressor thread, with pages of the usual size and no memory for the one that helps at the end."""
 PARTS = ("codecs", "huffman", "put", "workers", "lossy", "target", "memory", "large")
 Values = npt.NDArray[Any]
 Step = list[tuple[str, Values]]
@@ -208,11 +210,11 @@ def _put_all(writer: StreamWriter, described: Described) -> StreamWriter:
 
 
 def write_to_null(codec: str, described: Described) -> StreamWriter:
-    return _put_all(StreamWriter(None, metadata={}, codec=codec, num_workers=1), described)
+    return _put_all(StreamWriter(None, metadata={}, codec=codec, **ALONE), described)
 
 
-def scan(path: Path) -> int:
-    with StreamReader(path) as reader:
+def scan(path: Path, num_threads: int | None = None) -> int:
+    with StreamReader(path, num_threads=num_threads) as reader:
         return sum(len(data) for _, data in reader.scan())
 
 
@@ -224,7 +226,9 @@ def measure_codecs(data: Data, folder: Path, rounds: int) -> dict[str, Any]:
         many = repeated(steps, 300_000_000)
         raw = sum(values.nbytes for step in many for _, values in step)
         described = describe(dtype, many)
-        speeds: dict[str, list[tuple[Meter, Meter, float]]] = {codec: [] for codec in ("none", "lz4", "zstd")}
+        speeds: dict[str, list[tuple[Meter, Meter, Meter, float]]] = {
+            codec: [] for codec in ("none", "lz4", "zstd")
+        }
         ratios = {}
         for _ in range(rounds):
             copy_s = memcpy_cpu(many)
@@ -234,21 +238,21 @@ def measure_codecs(data: Data, folder: Path, rounds: int) -> dict[str, Any]:
                 write(path, dtype, many, codec=codec, num_workers=1)
                 # Long files go past the page cache: the first scan brings this one there.
                 scan(path)
-                reading = Meter(partial(scan, path))
+                reading, threads = Meter(partial(scan, path, 1)), Meter(partial(scan, path))
                 ratios[codec] = raw / sink.result.stored_bytes
-                rows.append((sink, reading, copy_s))
+                rows.append((sink, reading, threads, copy_s))
         for codec, rows in speeds.items():
             found[f"{name} {codec}"] = {
                 "ratio": ratios[codec],
                 "share_of_bound": ratios[codec] / bound,
-                "write_x_memcpy": statistics.median(copy / write.cpu for write, _, copy in rows),
-                "write_gb_per_cpu_s": statistics.median(raw / write.cpu / 1e9 for write, _, _ in rows),
-                "write_gb_s_wall": statistics.median(raw / write.wall / 1e9 for write, _, _ in rows),
-                "read_gb_per_cpu_s": statistics.median(raw / read.cpu / 1e9 for _, read, _ in rows),
-                "read_gb_s_wall": statistics.median(raw / read.wall / 1e9 for _, read, _ in rows),
-                "read_x_write_cpu": statistics.median(write.cpu / read.cpu for write, read, _ in rows),
-                "read_x_write_wall": statistics.median(write.wall / read.wall for write, read, _ in rows),
-                "memcpy_gb_per_cpu_s": statistics.median(raw / copy / 1e9 for _, _, copy in rows),
+                "write_x_memcpy": statistics.median(copy / write.cpu for write, _, _, copy in rows),
+                "write_gb_per_cpu_s": statistics.median(raw / write.cpu / 1e9 for write, _, _, _ in rows),
+                "write_gb_s_wall": statistics.median(raw / write.wall / 1e9 for write, _, _, _ in rows),
+                "read_gb_per_cpu_s": statistics.median(raw / read.cpu / 1e9 for _, read, _, _ in rows),
+                "read_gb_s_wall": statistics.median(raw / read.wall / 1e9 for _, _, read, _ in rows),
+                "read_x_write_cpu": statistics.median(write.cpu / read.cpu for write, read, _, _ in rows),
+                "read_x_write_wall": statistics.median(write.wall / read.wall for write, _, read, _ in rows),
+                "memcpy_gb_per_cpu_s": statistics.median(raw / copy / 1e9 for _, _, _, copy in rows),
             }
     return found
 
@@ -304,7 +308,8 @@ def measure_workers(data: Data, rounds: int) -> dict[str, float]:
     gains = []
     for _ in range(rounds):
         walls = [
-            Meter(partial(write, None, dtype, steps * 3, codec="zstd", num_workers=n)).wall for n in (1, 2)
+            Meter(partial(write, None, dtype, steps * 3, codec="zstd", **options)).wall
+            for options in (ALONE, {"num_workers": 2})
         ]
         gains.append(walls[0] / walls[1])
     return {"two_workers_x_one": statistics.median(gains)}

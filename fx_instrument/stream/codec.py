@@ -22,6 +22,7 @@ from . import filters
 from .blocks import COMPRESSED, STORED, BlockHeader
 from .frames import CODEC_CODES, Bytes
 from .payload import (
+    CRC32_LIBRARY,
     EMPTY_LZ4_FRAME,
     EMPTY_ZSTD_FRAME,
     LEAD_BYTES,
@@ -341,8 +342,9 @@ def unpack_any(data: bytes, limit: int) -> bytes:
 
 
 def backend_versions() -> dict[str, Any]:
-    """Versions of the compression libraries, for the metadata of a file."""
+    """Versions of the libraries that compress and check, for the metadata of a file."""
     return {
+        "crc32": CRC32_LIBRARY,
         "zstandard": zstandard.__version__,
         "zstd": ".".join(map(str, zstandard.ZSTD_VERSION)),
         "lz4": lz4.library_version_string(),

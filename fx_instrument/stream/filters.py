@@ -173,9 +173,9 @@ class Planes:
             nibbles, exceptions = _whole(planes[0]), _whole(planes[-1])
             planes = [_unpack(nibbles, exceptions, len(page) // element.itemsize), *planes[1:-1]]
         target = page.view(element)
-        # 128 KiB of values at a time, as much scratch and their planes: larger pieces save calls, half a microsecond
-        # each, smaller ones fit caches below 512 KiB. Products in place of left shifts, whose count NumPy checks.
-        piece = CHUNK_BYTES // element.itemsize
+        # 256 KiB of values at a time, as much scratch and their planes: larger pieces save calls, each of which lets go
+        # of the interpreter's lock and asks for it again. Products in place of left shifts, whose count NumPy checks.
+        piece = 2 * CHUNK_BYTES // element.itemsize
         scratch = self._first.view(element)[:piece]
         aligned = self._second.view(np.uint8)[:CHUNK_BYTES]
         shifts = [element.type(1 << 8 * width) for width in widths]

@@ -17,6 +17,16 @@ import numpy.typing as npt
 from ..errors import CorruptStreamError
 from .blocks import COMPRESSED, MAX_PLANES, STORED
 
+try:
+    import isal
+    from isal.isal_zlib import crc32
+
+    CRC32_LIBRARY = f"isal {isal.__version__}"
+except ImportError:
+    from zlib import ZLIB_RUNTIME_VERSION, crc32
+
+    CRC32_LIBRARY = f"zlib {ZLIB_RUNTIME_VERSION}"
+
 U8 = npt.NDArray[np.uint8]
 Piece: TypeAlias = "bytes | U8"
 
@@ -81,7 +91,13 @@ def build_payload(family: str, filter_code: int, planes: Sequence[Plane]) -> Enc
 
 
 def checksum(data: Piece, crc: int = 0) -> int:
-    """crc32 of bytes that may not be in the cache: 3.8 GB/s where zlib alone, which does not prefetch, has 2.3."""
+    """crc32 of bytes that may not be in the cache.
+
+    By ISA-L where it is installed (``pip install 'fx_instrument[fast]'``): a tenth of zlib's time. zlib does not
+    prefetch: with lines fetched before it 3.8 GB/s instead of 2.3.
+    """
+    if crc32 is not zlib.crc32:
+        return crc32(data if isinstance(data, bytes) else data.data, crc)
     if isinstance(data, bytes):
         return zlib.crc32(data, crc)
     if len(data) < _FETCH_BYTES:
