@@ -383,12 +383,8 @@ class StreamReader:
         """Records that lie whole in a page: each with its offset and size."""
         block, placed = self._block(segment, number), self._placed[segment]
         directory, known = block.directory, self._global_ids[segment]
-        first_step, rank, dtype, shapes = (
-            placed.first_step,
-            placed.rank,
-            block.header.dtype_name,
-            directory.shapes,
-        )
+        first_step, rank = placed.first_step, placed.rank
+        dtype, shapes = block.header.dtype_name, directory.shapes
         found = []
         columns = [
             directory.rows[name][rows].tolist() for name in ("step", "site", "call", "shape", "offset")
