@@ -146,7 +146,7 @@ def main() -> None:
                 filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
             ),
         }
-        me = [sys.executable, str(Path(__file__).resolve())]
+        me = [sys.executable, "-m", "benchmarks.idle"]
         figures = {}
         for variant in VARIANTS:
             started = time.monotonic()
