@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 from vllm_engine import NEEDS_VLLM, Hooks, check_rows, environment_of, run_engine, save_model
 
-from fx_instrument import InstrumentationConfig, open_stream
-from fx_instrument.integrations.vllm import server_arguments
+from fx_instrument import InstrumentationConfig, InstrumentationError, open_stream
+from fx_instrument.integrations.vllm import engine_arguments, server_arguments
 
 pytestmark = NEEDS_VLLM
 
@@ -149,6 +149,50 @@ def test_switched_off_and_on(folder: Path, environment: dict[str, str], tmp_path
         for result in (first, last):
             tokens = (result["prompt"] + result["output"])[:-1]
             check_rows(stream, hooks, result["id"], tokens, range(len(tokens)))
+
+
+def test_refusals_of_real_configurations(
+    folder: Path, environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What test_vllm_arguments.py sees refused of stand-ins is refused of vLLM's own configuration, by its names."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    from vllm.config import CompilationMode, CUDAGraphMode
+    from vllm.engine.arg_utils import EngineArgs
+
+    from fx_instrument.integrations.vllm import _capture_of
+
+    def configured(**options: Any) -> Any:
+        arguments = engine_arguments(InstrumentationConfig(), tmp_path / "out.stream")
+        return EngineArgs(
+            model=str(folder), dtype="float32", max_model_len=512, **arguments, **options
+        ).create_engine_config()
+
+    assert _capture_of(configured()).path == tmp_path / "out.stream"
+    assert _capture_of(configured(enforce_eager=True)).path == tmp_path / "out.stream"
+    guessing = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    with pytest.raises(InstrumentationError, match="speculative decoding"):
+        _capture_of(configured(speculative_config=guessing))
+    for section, changed, says in (
+        ("parallel_config", {"ubatch_size": 2}, "run a batch in parts"),
+        ("parallel_config", {"prefill_context_parallel_size": 2}, "prefill_context_parallel_size > 1"),
+        ("parallel_config", {"decode_context_parallel_size": 2}, "decode_context_parallel_size > 1"),
+        ("compilation_config", {"cudagraph_mode": CUDAGraphMode.FULL_AND_PIECEWISE}, "replays the whole"),
+        ("compilation_config", {"backend": "inductor"}, "give vLLM the compilation_config"),
+        (
+            "compilation_config",
+            {"mode": CompilationMode.NONE, "cudagraph_mode": CUDAGraphMode.PIECEWISE},
+            "no traced graph",
+        ),
+    ):
+        config = configured()
+        config.device_config.device_type = "cuda"
+        for option, setting in changed.items():
+            assert hasattr(getattr(config, section), option)
+            setattr(getattr(config, section), option, setting)
+        with pytest.raises(InstrumentationError, match=says):
+            _capture_of(config)
+    assert not (tmp_path / "out.stream").exists()
 
 
 @contextlib.contextmanager
