@@ -19,9 +19,10 @@ CONFIGS = {
     "idle": InstrumentationConfig(),
     "all": InstrumentationConfig(),
     "attention": InstrumentationConfig(hook_config=HookConfig(target_layers=["layers.*.self_attn"])),
+    "strict": InstrumentationConfig(strict_numerics=True),
     "last": InstrumentationConfig(hook_config=HookConfig(target_layers=["layers.0.mlp"])),
 }
-STATES = ("plain", *CONFIGS)
+STATES = ("plain", "idle", "all", "attention", "last")
 
 
 def run(state: str, folder: Path) -> dict[str, int]:
