@@ -5,11 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import os
-import signal
 import subprocess
 import sys
-import textwrap
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -129,74 +126,6 @@ def test_fastapi_example(eager: Eager, tmp_path: Path) -> None:
             prompt = tokenizer(PROMPTS[number])["input_ids"]
             assert eager.check(stream, request_id, prompt, json.loads(plain[number])["text"]) == 0
             assert stream.request(request_id).num_prompt_tokens == len(prompt)
-
-
-LITSERVE = """
-    import sys
-    sys.path.insert(0, sys.argv[3])
-    import litserve as ls
-    from serve_litserve import RecordedLLM
-
-    if __name__ == "__main__":
-        # Not Inductor: batches and their padding are many shapes, which took it over 5 minutes to be ready.
-        api = RecordedLLM(sys.argv[1], backend="aot_eager", max_batch_size=4, batch_timeout=0.2, rotate_s=0.5)
-        server = ls.LitServer(api, accelerator="cpu", workers_per_device=1, timeout=300)
-        server.run(host="127.0.0.1", port=int(sys.argv[2]), generate_client_file=False, pretty_logs=False)
-"""
-
-
-@pytest.fixture
-def litserve(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    pytest.importorskip("litserve")
-    script, port = tmp_path / "server.py", free_port()
-    script.write_text(textwrap.dedent(LITSERVE))
-    command = [sys.executable, str(script), str(tmp_path / "r"), str(port), str(EXAMPLES)]
-    with subprocess.Popen(command, start_new_session=True) as process:
-        try:
-            for _ in range(500):
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
-                    break
-                except OSError:
-                    assert process.poll() is None
-                    with pytest.raises(subprocess.TimeoutExpired):
-                        process.wait(1)
-            yield process, port
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def test_litserve_example(
-    eager: Eager, litserve: tuple[subprocess.Popen[bytes], int], tmp_path: Path
-) -> None:
-    """Batched requests, all recorded, into files that rotate by time; texts are those of the plain model."""
-    process, port = litserve
-
-    def ask(prompt: str) -> dict[str, Any]:
-        body = json.dumps({"prompt": prompt}).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"http://127.0.0.1:{port}/predict", body, headers)
-        with urllib.request.urlopen(request, timeout=300) as response:
-            return dict(json.loads(response.read()))
-
-    plain = [eager.answer(prompt) for prompt in PROMPTS]
-    answers = []
-    for _ in range(3):
-        with ThreadPoolExecutor(len(PROMPTS)) as pool:
-            answers += list(pool.map(ask, PROMPTS))
-    process.send_signal(signal.SIGINT)
-    process.wait(60)
-    assert [answer["text"] for answer in answers] == plain * 3
-    (worker,) = (tmp_path / "r").iterdir()
-    assert len(list(worker.iterdir())) > 1
-    with open_stream(worker) as stream:
-        assert set(stream.requests) == {answer["id"] for answer in answers}
-        for answer, prompt in zip(answers, PROMPTS * 3, strict=True):
-            ids = eager.tokenizer(prompt)["input_ids"]
-            assert eager.check(stream, answer["id"], ids, answer["text"]) == 0
-        batches = {stream.inputs(step)["input_ids"].shape[0] for step in range(stream.num_steps)}
-    assert max(batches) > 1
 
 
 @pytest.mark.parametrize("continuous", [False, True], ids=["one by one", "continuous batching"])

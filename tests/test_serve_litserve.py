@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -92,3 +93,13 @@ def test_batched_requests(tmp_path: Path) -> None:
             assert torch.equal(rows.token_positions, torch.arange(len(prompt.split()) + 6 - 1))
         batches = [stream.inputs(step)["input_ids"].shape[0] for step in range(stream.num_steps)]
     assert max(batches) > 1
+
+
+def test_the_worker_can_be_given_its_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LitServe sends the API to a process of its own: what loads the model must be found there by its name."""
+    pytest.importorskip("litserve")
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "docs" / "examples"))
+    import serve_litserve
+
+    api = serve_litserve.RecordedLLM("recordings")
+    assert pickle.loads(pickle.dumps(api.load)) is serve_litserve.load
