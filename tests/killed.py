@@ -4,13 +4,15 @@
 
 PACE "fast" captures as fast as it can into a small buffer, so that pages are small and many; "slow" one step every
 ten milliseconds into a large one, so that pages are written because of their age; "overloaded" is "fast" on a disk
-that takes its time, so that the buffer is full and the model waits. A process forks a child for each
-capture, reads what the child says of its progress, kills it after a random time and looks at what the file has.
+that takes its time, so that the buffer is full and the model waits; "large" is "fast" with values of 2 MiB, whose
+blocks go past the page cache. A process forks a child for each capture, reads what the child says of its progress,
+kills it after a random time and looks at what the file has.
 Prints JSON.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -30,10 +32,11 @@ from fx_instrument import InstrumentationFramework, TruncatedStreamError, open_s
 from fx_instrument.stream.reader import StreamReader
 
 NUM_SITES = 4
-SHAPE = (8, 96)
+SHAPES = {"large": (512, 1024)}
+SMALL = (8, 96)
 EVENT = struct.Struct("=cqd")
-"""b"s": a forward call of so many steps before it has returned; b"w": the file's first so many bytes are the
-kernel's. And when, by the monotonic clock."""
+"""b"s": a forward call of so many steps before it has returned; b"w", b"d": the file's first so many bytes are the
+kernel's, the last of them through its page cache or past it. And when, by the monotonic clock."""
 
 
 def capture(
@@ -46,13 +49,17 @@ def capture(
         if pace == "overloaded":
             select.select([], [], [], 0.002)
         written = writev(fd, views)
-        os.write(pipe, EVENT.pack(b"w", os.lseek(fd, 0, os.SEEK_CUR), time.monotonic()))
+        past_cache = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT
+        os.write(
+            pipe, EVENT.pack(b"d" if past_cache else b"w", os.lseek(fd, 0, os.SEEK_CUR), time.monotonic())
+        )
         return written
 
     os.writev = told_writev  # type: ignore[assignment]
+    shape = SHAPES.get(pace, SMALL)
     with framework.capture_activations(path, mode="a"):
         for step in range(20 if last else 10_000_000):
-            model(step_input(step, SHAPE))
+            model(step_input(step, shape))
             os.write(pipe, EVENT.pack(b"s", step, time.monotonic()))
             if pace == "slow":
                 select.select([], [], [], 0.01)
@@ -66,6 +73,7 @@ class Seen:
     """When each of its steps was done."""
     handed_over: int = 0
     """Bytes of the file that were the kernel's."""
+    direct_writes: int = 0
     died: float = 0.0
 
 
@@ -99,8 +107,9 @@ def run_child(
         data += chunk
         whole = len(data) // EVENT.size * EVENT.size
         for kind, number, when in EVENT.iter_unpack(data[:whole]):
-            if kind == b"w":
+            if kind != b"s":
                 seen.handed_over = number
+                seen.direct_writes += kind == b"d"
                 continue
             if not seen.steps and lifetime_s is not None:
                 deadline = when + lifetime_s
@@ -135,14 +144,14 @@ def look(path: str, seen: Seen, first_step: int) -> tuple[int, float, int]:
         return reader.num_steps, seen.died - lost, num_lost
 
 
-def check_values(path: str, first_steps: list[int]) -> int:
+def check_values(path: str, first_steps: list[int], shape: tuple[int, ...]) -> int:
     """Every record of the file, compared with what its capture gave it."""
     count = 0
     with open_stream(path) as stream:
         for index in range(NUM_SITES):
             for record in stream[f"layers.{index}"]:
                 began = max(first for first in first_steps if first <= record.step)
-                expected = step_input(record.step - began, SHAPE) * 2.0**index
+                expected = step_input(record.step - began, shape) * 2.0**index
                 assert torch.equal(record.tensor(), expected), (record.site, record.step)
                 count += 1
         assert count == len(stream)
@@ -153,17 +162,19 @@ def main() -> None:
     path, codec, num_kills, seed, pace = *sys.argv[1:3], *map(int, sys.argv[3:5]), sys.argv[5]
     torch.set_num_threads(1)
     rng = random.Random(seed)
-    bound_gb = 1.0 if pace == "slow" else 0.006
+    bound_gb = {"slow": 1.0, "large": 0.1}.get(pace, 0.006)
+    shape = SHAPES.get(pace, SMALL)
     model, framework = instrumented(NUM_SITES, compression_algorithm=codec, max_memory_gb=bound_gb)
     # Traced and warm before the first fork; a child has the threads of its own capture only.
     with framework.capture_activations(None):
-        model(step_input(0, SHAPE))
-    model(step_input(0, SHAPE))
+        model(step_input(0, shape))
+    model(step_input(0, shape))
     first_steps, losses, recovered, lost_steps = [], [], [], []
-    before = 0
+    before = direct_writes = 0
     for _ in range(num_kills):
         first_steps.append(before)
         seen = run_child(model, framework, path, pace, rng.uniform(0, 2.5 if pace == "slow" else 0.3))
+        direct_writes += seen.direct_writes
         if Path(path).stat().st_size and seen.handed_over:
             try:
                 after, lost_s, num_lost = look(path, seen, before)
@@ -179,7 +190,7 @@ def main() -> None:
         before = after
     first_steps.append(before)
     run_child(model, framework, path, pace, None)
-    records = check_values(path, first_steps)
+    records = check_values(path, first_steps, shape)
     with StreamReader(path) as reader:
         steps, damage = reader.num_steps, reader.verify()
     print(
@@ -191,8 +202,9 @@ def main() -> None:
                 "last_steps": steps - before,
                 "recovered_steps": recovered,
                 "longest_loss_s": max(losses),
-                "largest_loss_bytes": max(lost_steps) * NUM_SITES * torch.Size(SHAPE).numel() * 4,
+                "largest_loss_bytes": max(lost_steps) * NUM_SITES * torch.Size(shape).numel() * 4,
                 "bound_bytes": int(bound_gb * 1e9),
+                "direct_writes": direct_writes,
                 "damage_to_blocks": len(damage),
                 "bytes": Path(path).stat().st_size,
             }
