@@ -87,6 +87,8 @@ ODD_LAYERS: dict[str, tuple[str, str, set[str]]] = {
     "qwen4_exp_text": ("Qwen4ExpTextModel", "layers.1.", {"self_attn", "mlp"}),
     # Norms scaled by an MLP of their own.
     "axk2": ("AXK2Model", "layers.0.", {"self_attn", "mlp"}),
+    # An attention in a wrapper of its own, beside the projections that are the MLP.
+    "mpnet": ("MPNetModel", "encoder.layer.0.", {"attention.attn", "output.dense"}),
     # A modulation in attention's place.
     "focalnet": ("FocalNetModel", "encoder.stages.0.layers.0.", {"modulation", "mlp"}),
     # A convolution named for the attention that it feeds; an MLP over neighbours.

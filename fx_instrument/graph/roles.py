@@ -202,7 +202,7 @@ def _last_projections(model: nn.Module, found: dict[str, Role]) -> None:
             del found[name]
     for name in _convolutions_beside(model, found):
         del found[name]
-    attention_blocks = {name.rpartition(".")[0] for name, role in found.items() if role == "attention"}
+    attention_blocks = {_block_of(model, name) for name, role in found.items() if role == "attention"}
     for block in attention_blocks | set(_siteless_layers(model, found)):
         prefix = f"{block}." if block else ""
         inside = [name for name in found if name.startswith(prefix)]
@@ -220,6 +220,16 @@ def _last_projections(model: nn.Module, found: dict[str, Role]) -> None:
             found[_last_of_pair(projections) or list(projections)[-1]] = "mlp"
         elif block in attention_blocks and (last := _last_convolution(model.get_submodule(block))):
             found[f"{prefix}{last}"] = "mlp"
+
+
+def _block_of(model: nn.Module, name: str) -> str:
+    """The module around a site; the layer around that, where it only wraps the site: MPNet's ``attention.attn``."""
+    block = name.rpartition(".")[0]
+    layer = block.rpartition(".")[0]
+    matrices = sum(1 for parameter in model.get_submodule(block).parameters() if _dims(parameter) >= 2)
+    own = sum(1 for parameter in model.get_submodule(name).parameters() if _dims(parameter) >= 2)
+    in_list = isinstance(model.get_submodule(layer.rpartition(".")[0]), nn.ModuleList)
+    return layer if matrices == own and layer and in_list else block
 
 
 def _convolutions_beside(model: nn.Module, found: dict[str, Role]) -> list[str]:

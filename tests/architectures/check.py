@@ -73,7 +73,7 @@ class Result:
     family: str
     model: str = ""
     verdict: str = ""
-    """equal | traced differs | unfused | not eager | not traced | incomplete | failed"""
+    """equal | traced differs | unfused | not eager | not traced | no sites | incomplete | failed"""
     reason: str = ""
     parameters: int = 0
     layers: int = 0
@@ -114,6 +114,9 @@ def _check(subject: Subject, result: Result) -> None:
         compression_algorithm="none", hook_config=HookConfig(target_layers=subject.globs)
     )
     roles = find_roles(model)
+    if not roles and subject.family == "vision" and _is_convolutional(model):
+        result.verdict, result.reason = "no sites", "convolutions, neither attention nor MLPs"
+        return
     for name, role in roles.items():
         result.sites[role] = result.sites.get(role, 0) + 1
         result.examples.setdefault(role, name)
@@ -129,6 +132,11 @@ def _check(subject: Subject, result: Result) -> None:
             result.verdict, result.reason = "incomplete", missing
             return
     _conclude(result)
+
+
+def _is_convolutional(model: nn.Module) -> bool:
+    """Whether it convolves over images; said of models in which no attention and no MLP was found."""
+    return any(parameter.dim() == 4 for parameter in model.parameters())
 
 
 def _conclude(result: Result) -> None:

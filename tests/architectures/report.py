@@ -14,6 +14,7 @@ TITLES = {
     "others": "Code that Hugging Face did not write",
 }
 GOOD = ("equal", "traced differs", "unfused")
+LEFT_OUT = ("not eager", "not traced", "no sites")
 
 HEAD = """# Which architectures are captured exactly
 
@@ -27,6 +28,8 @@ tracing alone changes bits; instrumented. A verdict is about all sites, all step
   largest value of a site); captured values equal, bit for bit, what hooks see that are traced with the model.
 - **unfused**: any forward hook switches a fused kernel of torch off, eager ones too; equal to the hooked model.
 - **not eager**, **not traced**: the model does not run here without us; left out of the shares.
+- **no sites**: a convolutional network, whose layers are neither attention nor MLPs; `instrument_model` refuses it and
+  asks for `target_layers`; left out of the shares.
 - **incomplete**, **failed**: what the reason says.
 
 *One call*: a forward call without KV cache. *Generate*: prefill and decode steps with the model's own cache. Graphs
@@ -62,7 +65,7 @@ def markdown(results: list[dict[str, Any]], order: list[tuple[str, str]]) -> str
     )
     for family in families:
         rows = [result for result in known if result["family"] == family]
-        able = [result for result in rows if result["verdict"] not in ("not eager", "not traced")]
+        able = [result for result in rows if result["verdict"] not in LEFT_OUT]
         good = [result for result in able if result["verdict"] in GOOD]
         share = f"{100 * len(good) / len(able):.1f} %" if able else "-"
         listed = sum(1 for key in order if key[0] == family)
