@@ -63,9 +63,10 @@ def test_two_actors(tmp_path: Path) -> None:
         everything = ray.data.from_items(items, override_num_blocks=10)
         rest = without_finished(everything, folder).map_batches(HarvestActor, **actors).take_all()
         assert {row["id"] for row in rest} == {item["id"] for item in items[24:]}
+        # Waits for the actors to end their files, which a shutdown would not.
+        files = collect(folder)
     finally:
         ray.shutdown()
-    files = collect(folder)
     lines = [json.loads(line) for line in (folder / MANIFEST).read_text().splitlines()]
     assert [line["file"] for line in lines] == [file.file for file in files]
     ids = [one for file in files for one in file.ids]

@@ -8,7 +8,7 @@
         batch_size=8,
     )
     rows.materialize()
-    collect(folder)
+    collect(folder)  # before ray.shutdown(), which ends actors in the middle of what they still write
 
 The values go into files beside each other, not through Ray's object store: a batch comes back as the ids of its rows
 and the name of the file that holds them.
