@@ -100,6 +100,10 @@ def _has_matrix(module: nn.Module) -> bool:
     return any(_dims(parameter) >= 2 for parameter in module.parameters())
 
 
+def _num_matrices(module: nn.Module) -> int:
+    return sum(1 for parameter in module.parameters() if _dims(parameter) >= 2)
+
+
 def _dims(parameter: nn.Parameter) -> int:
     # Kernels that pack a matrix keep it elsewhere and leave an empty parameter (vLLM on CPU).
     return 2 if parameter.numel() == 0 else parameter.dim()
@@ -107,7 +111,7 @@ def _dims(parameter: nn.Parameter) -> int:
 
 def _is_compound(module: nn.Module) -> bool:
     """Has at least two projections of its own, as attention and MLPs have and their norms and gates have not."""
-    return sum(1 for parameter in module.parameters() if _dims(parameter) >= 2) >= 2
+    return _num_matrices(module) >= 2
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -226,10 +230,9 @@ def _block_of(model: nn.Module, name: str) -> str:
     """The module around a site; the layer around that, where it only wraps the site: MPNet's ``attention.attn``."""
     block = name.rpartition(".")[0]
     layer = block.rpartition(".")[0]
-    matrices = sum(1 for parameter in model.get_submodule(block).parameters() if _dims(parameter) >= 2)
-    own = sum(1 for parameter in model.get_submodule(name).parameters() if _dims(parameter) >= 2)
+    wraps = _num_matrices(model.get_submodule(block)) == _num_matrices(model.get_submodule(name))
     in_list = isinstance(model.get_submodule(layer.rpartition(".")[0]), nn.ModuleList)
-    return layer if matrices == own and layer and in_list else block
+    return layer if layer and in_list and wraps else block
 
 
 def _convolutions_beside(model: nn.Module, found: dict[str, Role]) -> list[str]:
@@ -272,7 +275,7 @@ def _siteless_layers(model: nn.Module, found: dict[str, Role]) -> Iterator[str]:
             shapes = {name: _matrix_shape(m) for name, m in layer.named_modules() if _is_projection(m)}
             pair = _last_of_pair(shapes)
             # A projection of whatever kind may stand beside an MLP; convolutions and embeddings make another layer.
-            if pair and len(shapes) == sum(1 for p in layer.parameters() if _dims(p) >= 2) == 2:
+            if pair and len(shapes) == _num_matrices(layer) == 2:
                 yield f"{stack}.{key}"
 
 

@@ -64,7 +64,7 @@ def find_siblings(model: nn.Module, sites: Sequence[Site]) -> tuple[Site, ...]:
     """Modules whose values a graph of a site's may deliver, and that are no sites.
 
     Where layers are compiled one by one, or a graph breaks, the frames of equal modules share a graph whether those
-    inside them carry a marker or not: `self_attn` of all layers, the router's projection of attention and MLP. With
+    inside them carry a marker or not: ``self_attn`` of all layers, the router's projection of attention and MLP. With
     markers on the siblings too, a shared graph always delivers, and whose values it delivered decides.
     """
     owners = {site: op_of(model, site.name) for site in sites}

@@ -63,7 +63,8 @@ CHUNK_BYTES = 128 << 10
 """Raw blocks of zstd hold so much: whole pieces of every width."""
 _AT_ONCE_BYTES = 2 * CHUNK_BYTES
 """So many bytes of a page are split or joined in one go. Each NumPy call lets go of the interpreter's lock and asks for
-it again: at 64 KiB two threads had 1.35 times the speed of one, at 256 KiB 1.55 to 1.6 times, and one was no slower."""
+it again: at 64 KiB two threads had 1.35 times the speed of one, at 256 KiB 1.55 to 1.6 times (1.3 in one run of five),
+and one was no slower."""
 _EXCEPTION = 15
 
 _SPLIT_OF = {
