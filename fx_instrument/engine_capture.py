@@ -28,6 +28,7 @@ from .graph.rewrite import insert_captures
 from .graph.sites import Site, choose_sites
 from .requests import NEW_INPUT, ROWS_INPUT, TOKENS_INPUT, encode_new, encode_rows
 from .row_plan import EVERYTHING, Group, RowPlanner
+from .stream.files import check_in_place
 
 log = logging.getLogger(__name__)
 
@@ -281,12 +282,7 @@ class EngineCapture(InstrumentationFramework):
         if now_s - self._looked_s < _LOOK_S:
             return
         self._looked_s = now_s
-        try:
-            inode = self.path.stat().st_ino
-        except FileNotFoundError:
-            raise FileNotFoundError(f"the file {self.path} was deleted while it was written") from None
-        if inode != self._inode:
-            raise FileNotFoundError(f"the file {self.path} was replaced while it was written")
+        check_in_place(self.path, self._inode)
 
     def _store(self, scheduled: Sequence[Scheduled], token_ids: torch.Tensor | None) -> None:
         assert self._planner is not None

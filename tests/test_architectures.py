@@ -13,8 +13,8 @@ from architectures.subjects import all_subjects
 
 SUBJECTS = {f"{subject.family}.{subject.name}": subject for subject in all_subjects()}
 
-# One of each kind: no MLP module, in-place change, no attention weights, torch's own; a mixture is in test_routers.
-FAST = ["causal.opt", "causal.falcon", "masked.fnet", "others.nn.MultiheadAttention"]
+# One of each kind: no MLP module, in-place change, mixture with a router, no attention weights, torch's own.
+FAST = ["causal.opt", "causal.falcon", "causal.mixtral", "masked.fnet", "others.nn.MultiheadAttention"]
 
 SLOW = [
     "causal.mixtral",

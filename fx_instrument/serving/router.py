@@ -16,6 +16,7 @@ from ..capture.session import Session
 from ..errors import InstrumentationError
 from ..graph.marker import Cut
 from ..graph.sites import Site
+from ..stream.files import check_in_place
 from .tags import Request, RowSource, SourcedRows, current_request, tagged
 
 _SILENT_STEPS = 100
@@ -38,12 +39,7 @@ class Lane:
         """Raise what stands against writing on: a failure, a file that is gone, or nothing to write."""
         if self.session.failure is not None:
             raise self.session.failure
-        try:
-            inode = self.path.stat().st_ino
-        except FileNotFoundError:
-            raise FileNotFoundError(f"the file {self.path} was deleted while it was written") from None
-        if inode != self.inode:
-            raise FileNotFoundError(f"the file {self.path} was replaced while it was written")
+        check_in_place(self.path, self.inode)
         report = self.session.report
         if report.steps > _SILENT_STEPS and not (report.records or report.dropped_records):
             raise InstrumentationError(

@@ -75,6 +75,16 @@ def lock_file(fd: int, path: os.PathLike[str] | str) -> None:
             raise  # else a file system without locks
 
 
+def check_in_place(path: Path, inode: int) -> None:
+    """FileNotFoundError if the file that is being written is no longer at ``path``: what is written goes with it."""
+    try:
+        found = path.stat().st_ino
+    except FileNotFoundError:
+        raise FileNotFoundError(f"the file {path} was deleted while it was written") from None
+    if found != inode:
+        raise FileNotFoundError(f"the file {path} was replaced while it was written")
+
+
 def close_file(fd: int) -> None:
     """Close a file that ``lock_file`` locked; processes forked meanwhile hold the descriptor, not the lock."""
     if fcntl is not None:
