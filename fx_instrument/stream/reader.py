@@ -7,7 +7,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,18 +16,17 @@ from ..errors import CorruptStreamError, StreamError
 from .ahead import default_threads, done_ahead
 from .buffers import BufferPool, LastUsed
 from .codec import decode_page, is_in_place, page_in_place
-from .mapped import AnyPath, MappedFile, map_files, place_segments
+from .mapped import AnyPath, map_files, place_segments
 from .payload import LEAD_BYTES
 from .records import Damage, SiteEntry, StreamPart
 from .refs import PART_DTYPE, RecordRef, SiteRecords
+from .scan import Scan
 from .segments import Block, load_block
 
 U8 = npt.NDArray[np.uint8]
 
 _CACHED_BLOCKS = 64
 _CACHED_PAGES = 4
-_FORGET_BYTES = 16 << 20
-"""Mapped pages count as the process's memory: a scan gives them back so often, else it grows to the file's size."""
 
 
 def _new_array(num_bytes: int) -> U8:
@@ -318,112 +317,16 @@ class StreamReader:
         A few pages are in memory at a time, decoded ahead in threads, and the arrays are views on them: copy what is
         to be kept. Records that lie in several blocks come when their last part does.
         """
-        passed = 0
-        file = self._files[0]
-        for job, data in done_ahead(self._jobs(), _Job.run, _Job.num_bytes, self.num_threads):
-            if job.file is not file or job.offset < passed:
-                file.forget(passed, len(file.data))
-                file, passed = job.file, job.offset
-            elif job.offset - passed >= _FORGET_BYTES:
-                file.forget(passed, job.offset)
-                passed = job.offset
-            if job.whole is not None:
-                yield job.whole, data
-            for ref, start, size in job.records:
-                yield ref, data[start : start + size]
-            # The next pages may be decoded into this one's memory.
-            del data
-        file.forget(passed, len(file.data))
-
-    def _jobs(self) -> Iterator[_Job]:
-        """What is to decode: pages with whole records, and records whose last part was met."""
-        for number, placed in enumerate(self._placed):
-            pending: dict[tuple[int, int, int], list[tuple[int, int, tuple[int, int]]]] = {}
-            for position in range(len(placed.segment.block_offsets)):
-                block = self._block(number, position)
-                rows, directory = self._known_rows(number, block), block.directory
-                dues = directory.record_sizes(block.header.dtype_name)[rows["shape"]]
-                whole = (directory.sizes == dues) & (rows["part_offset"] == 0)
-                if placed.segment.incomplete:
-                    incomplete = placed.segment.incomplete
-                    keys = zip(*(rows[name].tolist() for name in ("site", "step", "call")), strict=True)
-                    kept = np.array([key not in incomplete for key in keys], bool)
-                    whole &= kept
-                else:
-                    kept = np.ones(len(rows), bool)
-                if whole.any():
-                    records = self._refs_of(number, position, np.flatnonzero(whole))
-                    yield _Job(self, placed.file, block.offset, number, position, records, None)
-                for row in np.flatnonzero(kept & ~whole).tolist():
-                    step, part_offset, local, call, _, _ = rows[row].item()
-                    parts = pending.setdefault((local, step, call), [])
-                    parts.append((part_offset, int(directory.sizes[row]), (position, row)))
-                    if sum(size for _, size, _ in parts) < dues[row]:
-                        continue
-                    del pending[local, step, call]
-                    places = tuple(place for _, _, place in sorted(parts))
-                    ref = self._ref(self._global_ids[number][local], number, places)
-                    yield _Job(self, placed.file, block.offset, number, position, [], ref)
-            if pending:
-                raise CorruptStreamError(f"{placed.file.path}: {len(pending)} records lack a part")
-
-    def _known_rows(self, segment: int, block: Block) -> npt.NDArray[np.void]:
-        """The directory's rows, after a look whether the site table names their sites."""
-        known = self._global_ids[segment]
-        for local in np.unique(block.directory.rows["site"]).tolist():
-            if local not in known:
-                raise CorruptStreamError(
-                    f"{self._placed[segment].file.path}: a record is of site {local}, which no table names"
-                )
-        return block.directory.rows
-
-    def _refs_of(
-        self, segment: int, number: int, rows: npt.NDArray[np.intp]
-    ) -> list[tuple[RecordRef, int, int]]:
-        """Records that lie whole in a page: each with its offset and size."""
-        block, placed = self._block(segment, number), self._placed[segment]
-        directory, known = block.directory, self._global_ids[segment]
-        first_step, rank = placed.first_step, placed.rank
-        dtype, shapes = block.header.dtype_name, directory.shapes
-        found = []
-        columns = [
-            directory.rows[name][rows].tolist() for name in ("step", "site", "call", "shape", "offset")
-        ]
-        # As RecordRef(...) makes it, in half the time: pages of decode steps hold hundreds of records.
-        make = partial(tuple.__new__, RecordRef)
-        for row, size, step, local, call, shape, offset in zip(
-            rows.tolist(), directory.sizes[rows].tolist(), *columns, strict=True
-        ):
-            places = ((number, row),)
-            values = (known[local], step + first_step, call, dtype, *shapes[shape], rank, segment, places)
-            found.append((make(values), offset, size))
-        return found
+        return Scan(
+            self._placed,
+            self._global_ids,
+            block=self._block,
+            page=partial(self._decode, in_place=True, new=self._pool.take),
+            ref=self._ref,
+            record=partial(self._read_parts, new=self._pool.take),
+            num_threads=self.num_threads,
+        ).run()
 
     def verify(self) -> list[Damage]:
         """Verify every checksum of the files, and each index against its blocks; empty if all is well."""
         return [lost for file in self._files for lost in file.verify()]
-
-
-class _Job(NamedTuple):
-    """A page of whole records, or a record of several parts."""
-
-    reader: StreamReader
-    file: MappedFile
-    offset: int
-    segment: int
-    block: int
-    records: list[tuple[RecordRef, int, int]]
-    whole: RecordRef | None
-
-    def num_bytes(self) -> int:
-        if self.whole is not None:
-            return self.whole.num_bytes
-        return self.reader._block(self.segment, self.block).header.raw_bytes
-
-    def run(self) -> U8:
-        reader = self.reader
-        if self.whole is not None:
-            return reader._read_parts(self.whole, reader._pool.take)
-        page = reader._decode(self.segment, self.block, in_place=True, new=reader._pool.take)
-        page.flags.writeable = False
-        return page
