@@ -31,24 +31,13 @@ LENGTH = 32
 def build(name: str) -> tuple[Any, Any]:
     import torch
 
+    from .overhead.models import smollm, toy
+
     torch.set_num_threads(1)
     ids = torch.arange(1, LENGTH + 1)[None]
     if name == "smollm":
-        from fx_instrument.demo.smollm import load_model
-
-        return load_model(torch.float32)[0], ids
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        num_hidden_layers=32,
-        hidden_size=64,
-        intermediate_size=128,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=256,
-    )
-    return transformers.LlamaForCausalLM(config).eval(), ids
+        return smollm(torch.float32, "cpu")[0], ids
+    return toy(torch.float32, "cpu", depth=32, width=64), ids
 
 
 def cpu_seconds() -> float:

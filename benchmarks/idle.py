@@ -36,21 +36,11 @@ LENGTH = 16
 
 def build() -> tuple[Any, Any]:
     import torch
-    import transformers
+
+    from .overhead.models import toy
 
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        num_hidden_layers=4,
-        hidden_size=256,
-        intermediate_size=512,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=1000,
-        use_cache=False,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    return model, torch.arange(LENGTH)[None]
+    return toy(torch.float32, "cpu"), torch.arange(LENGTH)[None]
 
 
 def child(variant: str, calls: int, count: bool) -> None:

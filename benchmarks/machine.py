@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""The machine that a figure is measured on, and this process on it."""
 
 from __future__ import annotations
 
@@ -12,3 +12,11 @@ def processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor()
+
+
+def resident(field: str) -> int:
+    """``VmRSS``, ``VmHWM`` (its peak) or ``RssAnon`` of this process in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(f"/proc/self/status has no {field}")

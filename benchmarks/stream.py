@@ -39,7 +39,7 @@ from fx_instrument.stream.reader import StreamReader
 from fx_instrument.stream.records import RecordMeta
 from fx_instrument.stream.writer import StreamWriter
 
-from .machine import processor
+from .machine import processor, resident
 
 ALONE: dict[str, Any] = {"num_workers": 1, "memory_bytes": 30 << 20}
 """One compressor thread, with pages of the usual size and no memory for the one that helps at the end."""
@@ -313,14 +313,6 @@ def measure_workers(data: Data, rounds: int) -> dict[str, float]:
         ]
         gains.append(walls[0] / walls[1])
     return {"two_workers_x_one": statistics.median(gains)}
-
-
-def resident(field: str) -> int:
-    """``VmRSS``, ``VmHWM`` or ``RssAnon`` of this process in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(field)
 
 
 def measure_lossy(data: Data) -> dict[str, float]:

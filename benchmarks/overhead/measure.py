@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..machine import resident
 from .counts import CompileCounts, counting
 from .variants import BASE, Variant
 from .workloads import Bench
@@ -177,22 +178,15 @@ class peak_memory:
         # "5" resets the peak (proc(5)); where the kernel refuses, there is no figure.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-            self._before = _status("VmRSS")
+            self._before = resident("VmRSS")
             self.mb = 0.0
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self.mb is not None:
-            self.mb = (_status("VmHWM") - self._before) * 1024 / 1e6
+            self.mb = (resident("VmHWM") - self._before) / 1e6
         if torch.cuda.is_available():
             self.device_mb = (torch.cuda.max_memory_allocated() - self._device) / 1e6
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1])
-    raise LookupError(f"/proc/self/status has no {name}")
 
 
 def synchronize() -> None:

@@ -209,6 +209,34 @@ def shapes(options: Options) -> dict[str, Any]:
     return {"model": "toy, 4 layers of width 256", "workloads": found}
 
 
+def parts(options: Options) -> dict[str, Any]:
+    """Where capturing's time goes, by leaving parts of it out, on the real model."""
+    options.say("loading SmolLM2-135M")
+    model, _ = models.smollm(options.dtype, options.device)
+    setup = Setup(model, options=options.compile_options)
+    chosen = [variants.compiled(setup), *variants.left_out(setup), *variants.ours(setup)]
+    workloads = [w for w in main_workloads("real", options) if w.kind in ("prefill", "decode-static")]
+    found = {workload.name: table(chosen, workload, model, options) for workload in workloads}
+    return {"model": "SmolLM2-135M-Instruct", "workloads": found}
+
+
+def strict(options: Options) -> dict[str, Any]:
+    """``strict_numerics`` where it runs graphs twice: outputs of layers, which Inductor keeps wider inside kernels."""
+    found = {}
+    for name, model, steps in (
+        ("toy", models.toy(options.dtype, options.device), 32),
+        ("SmolLM2", models.smollm(options.dtype, options.device)[0], 2),
+    ):
+        layers = len(model.model.layers)  # type: ignore[arg-type, union-attr]
+        sites = [f"model.layers.{layer}" for layer in range(layers)]
+        setup = Setup(model, sites=sites, options=options.compile_options)
+        strictly = variants.ours(setup, name="FX strict", strict_numerics=True)[1]
+        chosen = [variants.compiled(setup), variants.ours(setup)[1], strictly]
+        workload = Workload("prefill", 4, 128, steps)
+        found[f"{name}, {workload.name}"] = table(chosen, workload, model, options)
+    return {"model": "outputs of all layers", "workloads": found}
+
+
 PARTS = (".self_attn", ".mlp", ".self_attn.q_proj", ".self_attn.k_proj", ".self_attn.v_proj", "",
          ".input_layernorm", ".post_attention_layernorm")  # fmt: skip
 """Modules of a layer whose outputs are all as wide as the model; "" is the layer itself."""
@@ -346,6 +374,8 @@ def lanes(options: Options) -> dict[str, Any]:
 SECTIONS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "real": real,
     "toy": toy,
+    "parts": parts,
+    "strict": strict,
     "kinds": kinds,
     "shapes": shapes,
     "scaling": scaling,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from fx_instrument import (
     HookConfig,
@@ -16,6 +17,7 @@ from fx_instrument import (
     InstrumentationFramework,
     open_stream,
 )
+from fx_instrument.capture.session import Session
 
 from .hooks import MAX_MEMORY_BYTES, GoodHooks, TracedBuffers
 from .models import call_through, compile_alone, duplicate, site_names
@@ -129,6 +131,27 @@ def ours(setup: Setup, *, codecs: Sequence[str] = (), name: str = "FX", **config
         block = _capturing(framework, with_codec, "fx.stream")
         found.append(Variant(f"{name}, {codec} file", model, block, sites, counts_of=f"{name}, null sink"))
     return found
+
+
+def left_out(setup: Setup) -> list[Variant]:
+    """Captures of which parts are left out: values thrown away once the graph has returned them; nothing compressed."""
+    model, framework, chosen = captured(setup)
+    plain = dataclasses.replace(chosen, compression_algorithm="none")
+    into_nothing = _capturing(framework, plain, None)
+
+    @contextlib.contextmanager
+    def thrown_away(folder: Path) -> Iterator[Rows]:
+        def cancel(session: Session, ticket: Any, delivery: Any) -> None:
+            session.cancel(ticket)
+
+        with mock.patch.object(Session, "_hand_over", cancel), into_nothing(folder):
+            yield lambda: 0
+
+    name, sites = "FX, null sink, uncompressed", len(framework.sites)
+    return [
+        Variant(name, model, into_nothing, sites),
+        Variant("FX, values thrown away", model, thrown_away, counts_of=name),
+    ]
 
 
 def sampled(setup: Setup, rate: float) -> Variant:
