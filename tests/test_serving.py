@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import shutil
@@ -138,24 +139,30 @@ class Waits(nn.Module):
         return x + 1
 
 
+@contextlib.contextmanager
+def in_flight(model: nn.Module, waits: Waits) -> Iterator[None]:
+    """A forward call of another thread has come to ``waits``, and goes on when the block is left."""
+
+    def call() -> None:
+        with torch.no_grad():
+            model(tokens(1, 4))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    assert waits.inside.wait(60)
+    yield
+    waits.go_on.set()
+    thread.join(60)
+
+
 def test_a_call_in_flight_stays_in_its_file(tmp_path: Path) -> None:
     """Rotating does not wait for a forward call; what it delivers later lies whole in the file it began with."""
-    model = make(PLAIN)
-    model.layers[1].norm2 = nn.Sequential(model.layers[1].norm2, Waits())
-    waits = model.layers[1].norm2[1]
+    model, waits = make(PLAIN), Waits()
+    model.layers[1].norm2 = nn.Sequential(model.layers[1].norm2, waits)
     model, framework = instrumented(model)
     with Recorder(framework, tmp_path / "r", min_free_bytes=0) as recorder:
-
-        def call() -> None:
-            with torch.no_grad():
-                model(tokens(1, 4))
-
-        thread = threading.Thread(target=call)
-        thread.start()
-        assert waits.inside.wait(60)
-        recorder.rotate()
-        waits.go_on.set()
-        thread.join(60)
+        with in_flight(model, waits):
+            recorder.rotate()
         model(tokens(1, 4))
         model(tokens(1, 4))
     with open_stream(files(tmp_path / "r")[0]) as old, open_stream(files(tmp_path / "r")[1]) as new:

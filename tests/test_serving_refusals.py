@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from models import tokens
-from test_serving import Waits, files, instrumented, make, until
+from test_serving import Waits, files, in_flight, instrumented, make, until
 from torch import nn
 
 from fx_instrument import InstrumentationError, Recorder, open_stream
@@ -106,19 +106,10 @@ def test_calls_that_never_pause(tmp_path: Path) -> None:
     model.layers[1].norm2 = nn.Sequential(model.layers[1].norm2, waits)
     model, framework = instrumented(model)
     recorder = Recorder(framework, tmp_path / "r", min_free_bytes=0)
-
-    def call() -> None:
-        with torch.no_grad():
-            model(tokens(1, 4))
-
-    thread = threading.Thread(target=call)
-    thread.start()
-    assert waits.inside.wait(60)
-    with pytest.raises(TimeoutError):
-        recorder.start(timeout_s=0.0)
-    assert not recorder.active
-    waits.go_on.set()
-    thread.join(60)
+    with in_flight(model, waits):
+        with pytest.raises(TimeoutError):
+            recorder.start(timeout_s=0.0)
+        assert not recorder.active
     until(lambda: not recorder._ending)
     recorder.start()
     model(tokens(1, 4))
