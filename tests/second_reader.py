@@ -25,7 +25,17 @@ DTYPES = {
     32: ("float8_e4m3fn", 1), 33: ("float8_e5m2", 1), 34: ("float8_e4m3fnuz", 1), 35: ("float8_e5m2fnuz", 1),
     36: ("float8_e8m0fnu", 1),
 }  # fmt: skip
-WIDTHS = {1: (1, 1), 2: (1, 1), 3: (1, 1, 2), 4: (1, 1, 2), 5: (1, 1, 2, 4), 6: (1, 1), 7: (1, 1, 2)}
+WIDTHS = {
+    1: (1, 1),
+    2: (1, 1),
+    3: (1, 1, 2),
+    4: (1, 1, 2),
+    5: (1, 1, 2, 4),
+    6: (1, 1),
+    7: (1, 1, 2),
+    11: (1, 1),
+    12: (1, 1, 2),
+}
 TAGS = {
     0x184D2A50: b"FXSTREAM",
     0x184D2A51: b"FXSITES\0",
@@ -189,6 +199,9 @@ def join(code: int, raw_bytes: int, parts: list[bytes]) -> bytes:
             value = value << 8 * width | int.from_bytes(part, "little")
         if code in (2, 4, 6, 7):
             value = value >> 1 | (value & 1) << (bits - 1)
+        if code in (11, 12):
+            exponent, sign = value >> (bits - 8), value >> (bits - 9) & 1
+            value = sign << (bits - 1) | exponent << (bits - 9) | value & ((1 << bits - 9) - 1)
         page += value.to_bytes(bits // 8, "little")
     return bytes(page)
 

@@ -244,7 +244,7 @@ def test_a_later_format_is_refused_by_version(tmp_path: Path) -> None:
     struct.pack_into("<I", data, start + 20, zlib.crc32(data[start : start + 20]))
     path.write_bytes(data)
     for recover in (False, True):
-        with pytest.raises(UnsupportedStreamError, match=r"version 2\.0"):
+        with pytest.raises(UnsupportedStreamError, match=r"version 2\.1"):
             StreamReader(path, recover=recover)
 
 

@@ -44,6 +44,10 @@ def golden_samples() -> list[Sample]:
     ]
 
 
+def golden(codec: str, version: tuple[int, int]) -> Path:
+    return GOLDEN / ".".join(map(str, version)) / f"{codec}.bin"
+
+
 def write_golden(path: Path, codec: str, monkeypatch: pytest.MonkeyPatch) -> bytes:
     monkeypatch.setattr(
         writer_module.uuid, "uuid4", lambda: uuid.UUID(int=0x0123456789ABCDEF0123456789ABCDEF)
@@ -62,16 +66,18 @@ def write_golden(path: Path, codec: str, monkeypatch: pytest.MonkeyPatch) -> byt
 
 
 def test_stored_files_are_written_byte_for_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file without compression is, byte for byte, the one that version 1.0 wrote."""
-    assert write_golden(tmp_path / "a.stream", "none", monkeypatch) == (GOLDEN / "none.bin").read_bytes()
+    """A file without compression is, byte for byte, the one that version 1.1 wrote."""
+    written = write_golden(tmp_path / "a.stream", "none", monkeypatch)
+    assert written == (GOLDEN / "1.1" / "none.bin").read_bytes()
 
 
+@pytest.mark.parametrize("version", [(1, 0), (1, 1)])
 @pytest.mark.parametrize("codec", CODECS)
-def test_golden_files_are_read(codec: str) -> None:
-    """Files that version 1.0 wrote are read, whatever the compression libraries have become."""
-    with StreamReader(GOLDEN / f"{codec}.bin") as reader:
+def test_golden_files_are_read(codec: str, version: tuple[int, int]) -> None:
+    """Files of every version are read, whatever the compression libraries have become."""
+    with StreamReader(golden(codec, version)) as reader:
         assert contents(reader) == {sample.key: sample.data for sample in golden_samples()}
-        assert reader.verify() == [] and reader.version == (1, 0) and reader.codec == codec
+        assert reader.verify() == [] and reader.version == version and reader.codec == codec
         assert reader.num_records == 6 and reader.num_steps == 5
         assert reader.metadata["note"] == "é"
         sampled = reader.find(2, 0)
@@ -89,10 +95,25 @@ def test_packed_exponents_are_as_documented() -> None:
     assert low.tobytes().hex() == "00010000820000"
 
 
+@pytest.mark.parametrize("values", [np.uint16, np.uint32])
+def test_signed_planes_are_as_documented(values: type[np.unsignedinteger[Any]]) -> None:
+    """Exponents, then the sign above the mantissa's first seven bits, then the rest of the mantissa."""
+    bits = 8 * np.dtype(values).itemsize
+    page = np.random.default_rng(0).integers(0, 1 << bits, 70_000, values)
+    code = filters.SIGNED16 if bits == 16 else filters.SIGNED32
+    planes = filters.Planes().split(code, [page.view(np.uint8)], np.empty(page.nbytes, np.uint8))
+    upper = (page >> (bits - 16)).astype(np.uint16)
+    due = [(upper >> 7) & 0xFF, (upper >> 15 << 7) | (upper & 0x7F), page & 0xFFFF]
+    assert len(planes) == bits // 16 + 1
+    for plane, values_due in zip(planes, due, strict=False):
+        assert np.array_equal(plane.view(f"<u{len(plane) // len(page)}"), values_due)
+
+
+@pytest.mark.parametrize("version", [(1, 0), (1, 1)])
 @pytest.mark.parametrize("codec", CODECS)
-def test_the_document_is_enough_to_read_a_file(codec: str) -> None:
+def test_the_document_is_enough_to_read_a_file(codec: str, version: tuple[int, int]) -> None:
     """A reader written from docs/format.md alone reads the golden files, with their index and without."""
-    data = (GOLDEN / f"{codec}.bin").read_bytes()
+    data = golden(codec, version).read_bytes()
     (segment,) = second_reader.segments(data)
     assert segment.steps == 5 and segment.metadata["note"] == "é" and segment.summary == {"num_steps": 5}
     index_bytes = struct.unpack_from("<I", data, len(data) - 16)[0]
@@ -137,8 +158,8 @@ def test_packed_and_quantised_files_are_read_by_both_readers(
 ) -> None:
     """The reader written from the document and the library's agree, bit for bit, on old files and on new ones."""
     write_hard(tmp_path / "new.stream", kind, codec, monkeypatch)
-    golden = GOLDEN / f"{kind}-{codec}.bin"
-    for path in (tmp_path / "new.stream", golden):
+    kept = GOLDEN / f"{kind}-{codec}.bin"
+    for path in (tmp_path / "new.stream", kept):
         data = path.read_bytes()
         with StreamReader(path) as reader:
             expected = contents(reader)
@@ -151,7 +172,7 @@ def test_packed_and_quantised_files_are_read_by_both_readers(
         assert {key[1:]: record[3] for key, record in found.items()} == expected
         if kind == "packed":
             assert expected == {sample.key: sample.data for sample in hard_samples()}
-    with StreamReader(golden) as old, StreamReader(tmp_path / "new.stream") as new:
+    with StreamReader(kept) as old, StreamReader(tmp_path / "new.stream") as new:
         assert contents(old).keys() == contents(new).keys()
 
 
