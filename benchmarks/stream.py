@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import os
 import platform
@@ -236,6 +237,9 @@ def measure_codecs(data: Data, folder: Path, rounds: int) -> dict[str, Any]:
         ratios = {}
         in_cache: list[float] = []
         memory = np.ones(raw, np.uint8)
+        # A hundred thousand descriptions of records, which no capture holds at once, are not to be collected again
+        # and again.
+        gc.freeze()
         for _ in range(rounds):
             copy_s = memcpy_cpu(many, memory)
             in_cache.append(memcpy_cpu(many, memory[: max(map(len, (data for _, data in described[1])))]))

@@ -11,8 +11,9 @@ from typing import TypeVar
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
-AHEAD_BYTES = 4 << 20
-"""Results that no one has taken yet hold at most so much a thread, a page, or are one."""
+AHEAD_BYTES = 16 << 20
+"""Results that no one has taken yet hold at most so much a thread, or are one. A page has 4 MiB, a record of a prefill
+often a little more: with room for one page a thread, two threads took turns over such records."""
 _MAX_THREADS = 4
 """Zstandard's Huffman decoder and a core's share of memory bandwidth: more threads than this starve each other."""
 
