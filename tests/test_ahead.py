@@ -1,0 +1,52 @@
+"""Jobs are done ahead by as many threads as there are, in order, within a bound on memory."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from fx_instrument.stream.ahead import AHEAD_BYTES, done_ahead
+
+PREFILL_RECORD_BYTES = 8 * 512 * 576 * 2
+
+
+def test_records_larger_than_a_page_are_decoded_side_by_side() -> None:
+    """Two threads are at work on two records of a prefill at the same time."""
+    together = threading.Barrier(2, timeout=30)
+
+    def run(job: int) -> int:
+        together.wait()
+        return job
+
+    done = [*done_ahead(range(8), run, lambda job: PREFILL_RECORD_BYTES, 2)]
+    assert done == [(job, job) for job in range(8)]
+
+
+def test_results_that_no_one_takes_are_bounded() -> None:
+    """No job begins whose result would find no room beside those that wait; one of any size always does."""
+    begun: list[int] = []
+    sizes = [AHEAD_BYTES, AHEAD_BYTES, 3 * AHEAD_BYTES, 1, 1]
+
+    def run(job: int) -> int:
+        begun.append(job)
+        return job
+
+    jobs = done_ahead(range(len(sizes)), run, sizes.__getitem__, 2)
+    assert next(jobs) == (0, 0)
+    assert max(begun) <= 1
+    assert [job for job, _ in jobs] == [1, 2, 3, 4]
+
+
+def test_an_error_comes_where_its_job_does() -> None:
+    """What was done before it is given out first."""
+
+    def run(job: int) -> int:
+        if job == 2:
+            raise ValueError("the third")
+        return job
+
+    jobs = done_ahead(range(4), run, lambda job: 1, 2)
+    assert [next(jobs), next(jobs)] == [(0, 0), (1, 1)]
+    with pytest.raises(ValueError, match="the third"):
+        next(jobs)
