@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from fx_instrument.stream.ahead import AHEAD_BYTES, done_ahead
+from fx_instrument.stream.ahead import LARGE_BYTES, done_ahead
 
 PREFILL_RECORD_BYTES = 8 * 512 * 576 * 2
 
@@ -26,7 +26,7 @@ def test_records_larger_than_a_page_are_decoded_side_by_side() -> None:
 def test_results_that_no_one_takes_are_bounded() -> None:
     """No job begins whose result would find no room beside those that wait; one of any size always does."""
     begun: list[int] = []
-    sizes = [AHEAD_BYTES, AHEAD_BYTES, 3 * AHEAD_BYTES, 1, 1]
+    sizes = [LARGE_BYTES, LARGE_BYTES, 3 * LARGE_BYTES, 1, 1]
 
     def run(job: int) -> int:
         begun.append(job)

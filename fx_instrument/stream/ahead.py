@@ -11,9 +11,11 @@ from typing import TypeVar
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
-AHEAD_BYTES = 16 << 20
-"""Results that no one has taken yet hold at most so much a thread, or are one. A page has 4 MiB, a record of a prefill
-often a little more: with room for one page a thread, two threads took turns over such records."""
+AHEAD_BYTES = 4 << 20
+"""Results that no one has taken yet hold at most so much a thread, a page, or are one for each thread."""
+LARGE_BYTES = 16 << 20
+"""A result may be as large as this to be one of several: a record of a prefill is often a little more than a page,
+and with room for one page a thread, two threads took turns over such records."""
 _MAX_THREADS = 4
 """Zstandard's Huffman decoder and a core's share of memory bandwidth: more threads than this starve each other."""
 
@@ -39,13 +41,15 @@ def done_ahead(
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fx-read")
     try:
         for job in jobs:
+            size = num_bytes(job)
             while waiting and (
-                held + num_bytes(job) > num_threads * AHEAD_BYTES or len(waiting) > 2 * num_threads
+                held + size > num_threads * min(max(size, AHEAD_BYTES), LARGE_BYTES)
+                or len(waiting) > 2 * num_threads
             ):
                 held -= num_bytes(waiting[0][0])
                 yield _taken(waiting)
             waiting.append((job, pool.submit(run, job)))
-            held += num_bytes(job)
+            held += size
         while waiting:
             yield _taken(waiting)
     finally:
