@@ -134,6 +134,7 @@ class EngineCapture(InstrumentationFramework):
         self._planner: RowPlanner | None = None
         self._inode = -1
         self._looked_s = 0.0
+        self._waits_until_s = 0.0
 
     # -- starting -----------------------------------------------------------------------------------------------
 
@@ -149,13 +150,12 @@ class EngineCapture(InstrumentationFramework):
         attachment.marker.sink = self.sink
         roles = {site.name: site.role for site in attachment.sites}
         self._planner = RowPlanner(roles, EVERYTHING if self._all_requests else None)
-        stall = self._max_stall_s
         self._session = open_session(
             self,
             self.path,
             mode=self._mode,
             on_full="drop" if self._drop else "stall",
-            patience=None if stall is None else lambda: stall,
+            patience=None if self._max_stall_s is None else self._patience,
             rank=rank,
             world=world,
         )
@@ -268,6 +268,8 @@ class EngineCapture(InstrumentationFramework):
 
         Never raises: a failure switches the capture off, and the engine goes on.
         """
+        if self._max_stall_s is not None:
+            self._waits_until_s = time.monotonic() + self._max_stall_s
         try:
             self._check_file()
             self._store(scheduled, token_ids)
@@ -276,6 +278,10 @@ class EngineCapture(InstrumentationFramework):
         failure = self._session.failure if self._session is not None else None
         if failure is not None and self.failed is None:
             self.switch_off(failure)
+
+    def _patience(self) -> float:
+        """How long the call may still wait, all pieces of its values together."""
+        return max(0.0, self._waits_until_s - time.monotonic())
 
     def _check_file(self) -> None:
         now_s = time.monotonic()

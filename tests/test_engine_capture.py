@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 
 from fx_instrument import InstrumentationConfig, analyze_activations, engine_capture, open_stream
+from fx_instrument.capture.session import Session
 from fx_instrument.engine_capture import EngineCapture
 from fx_instrument.errors import BufferTooSmallError, InstrumentationError, MissingRecordError
 
@@ -218,6 +221,37 @@ def test_calls_larger_than_the_buffer_go_in_pieces(tmp_path: Path) -> None:
         assert stream.raw_bytes == 4 * len(tokens) * HIDDEN * 4
         rows = stream.request("long")["layers.1.mlp"]
         torch.testing.assert_close(rows.tensor(), engine.expected("long")["layers.1.mlp"])
+
+
+def test_a_step_waits_no_longer_than_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pieces of a step's values share ``max_stall_s``; the next step has all of it again."""
+    now_s = 1000.0
+    monkeypatch.setattr(engine_capture, "time", SimpleNamespace(monotonic=lambda: now_s))
+    left_s: list[float] = []
+    open_session = engine_capture.open_session
+
+    def opened(*arguments: Any, patience: Callable[[], float], **options: Any) -> Session:
+        session = open_session(*arguments, patience=patience, **options)
+        reserve = session.reserve
+
+        def reserve_later(*arguments: Any, **options: Any) -> Any:
+            nonlocal now_s
+            left_s.append(patience())
+            now_s += 0.375
+            return reserve(*arguments, **options)
+
+        monkeypatch.setattr(session, "reserve", reserve_later)
+        return session
+
+    monkeypatch.setattr(engine_capture, "open_session", opened)
+    config = InstrumentationConfig(max_memory_gb=0.01)
+    engine = Engine(tmp_path / "out.stream", config=config, max_stall_s=0.5)
+    tokens = [index % 50 for index in range(40_000)]
+    for name in ("a", "b"):
+        engine.add(name, tokens)
+        engine.step([(name, 0, len(tokens))])
+    engine.capture.close()
+    assert left_s == [0.5, 0.125, 0.0, 0.0] * 2
 
 
 def test_a_site_that_never_runs_is_an_error_at_start(tmp_path: Path) -> None:

@@ -109,6 +109,30 @@ def test_signed_planes_are_as_documented(values: type[np.unsignedinteger[Any]]) 
         assert np.array_equal(plane.view(f"<u{len(plane) // len(page)}"), values_due)
 
 
+@pytest.mark.parametrize("code", sorted(second_reader.WIDTHS))
+def test_every_filter_is_undone(code: int) -> None:
+    """By the library and by the reader written from the document, those too that this version does not write."""
+    page = np.frombuffer(np.random.default_rng(code).bytes(8 * 33_001), np.uint8)
+    planes = filters.Planes().split(code, [page], np.empty(len(page) + 64, np.uint8))
+    joined = np.zeros_like(page)
+    filters.Planes().join(code, planes, joined)
+    assert np.array_equal(joined, page)
+    assert second_reader.join(code, len(page), [plane.tobytes() for plane in planes]) == page.tobytes()
+
+
+def test_a_file_of_the_version_before_is_gone_on_with(tmp_path: Path) -> None:
+    """New blocks behind those of 1.0: all of it is read, by both readers."""
+    path = tmp_path / "a.stream"
+    shutil.copy(golden("zstd", (1, 0)), path)
+    more = Sample("model.layers.0.mlp", 9, floats(600, 1), "bfloat16", (600,))
+    write(path, [more], codec="zstd", mode="a")
+    due = {sample.key: sample.data for sample in (*golden_samples(), more)}
+    with StreamReader(path) as reader:
+        assert contents(reader) == due and reader.verify() == []
+    found = second_reader.records(path.read_bytes())
+    assert {key[1:]: record[3] for key, record in found.items()} == due
+
+
 @pytest.mark.parametrize("version", [(1, 0), (1, 1)])
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_document_is_enough_to_read_a_file(codec: str, version: tuple[int, int]) -> None:

@@ -12,7 +12,8 @@ from unittest import mock
 
 from fx_instrument.capture.drain import Drain
 from fx_instrument.capture.session import Session
-from fx_instrument.stream import writer as writer_module
+from fx_instrument.stream.codec import PageEncoder
+from fx_instrument.stream.segment_writer import SegmentWriter
 
 from .measure import synchronize
 from .variants import Variant
@@ -51,8 +52,8 @@ def record(variant: Variant, bench: Bench, folder: Path) -> list[dict[str, Any]]
         with (
             watched(Session, "deliver", "hand-over"),
             watched(Drain, "_write", "drain"),
-            watched(writer_module.PageEncoder, "encode", "compress"),
-            watched(writer_module, "write_all", "write"),
+            watched(PageEncoder, "encode", "compress"),
+            watched(SegmentWriter, "write_block", "write"),
         ):
             yield
 

@@ -26,12 +26,14 @@ _TICK_S = SEAL_AFTER_S / 4
 class Writer(Protocol):
     """What a capture needs of a stream's writer."""
 
-    first_step: int
     memory_bytes: int
     page_bytes: int
-    stored_bytes: int
     failure: BaseException | None
 
+    @property
+    def first_step(self) -> int: ...
+    @property
+    def stored_bytes(self) -> int: ...
     def add_site(self, name: str, role: str) -> int: ...
     def put(self, meta: Any, data: npt.NDArray[np.uint8], done: Callable[[], None] | None = None) -> None: ...
     def layout(self, dtype: str, records: Any) -> Any: ...

@@ -11,11 +11,11 @@ from typing import TypeVar
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
-AHEAD_BYTES = 4 << 20
-"""Results that no one has taken yet hold at most so much a thread, a page, or are one for each thread."""
+_PAGE_BYTES = 4 << 20
+"""Results that no one has taken yet hold at most so much a thread, or are as many as threads."""
 LARGE_BYTES = 16 << 20
-"""A result may be as large as this to be one of several: a record of a prefill is often a little more than a page,
-and with room for one page a thread, two threads took turns over such records."""
+"""What is larger waits alone. A record of a prefill is often a little more than a page: with room for pages only, two
+threads took turns over such records."""
 _MAX_THREADS = 4
 """Zstandard's Huffman decoder and a core's share of memory bandwidth: more threads than this starve each other."""
 
@@ -43,7 +43,7 @@ def done_ahead(
         for job in jobs:
             size = num_bytes(job)
             while waiting and (
-                held + size > num_threads * min(max(size, AHEAD_BYTES), LARGE_BYTES)
+                held + size > num_threads * min(max(size, _PAGE_BYTES), LARGE_BYTES)
                 or len(waiting) > 2 * num_threads
             ):
                 held -= num_bytes(waiting[0][0])

@@ -68,7 +68,7 @@ CHUNK_BYTES = 128 << 10
 _AT_ONCE_BYTES = 2 * CHUNK_BYTES
 """So many bytes of a page are split or joined in one go. Each NumPy call lets go of the interpreter's lock and asks for
 it again: at 64 KiB two threads had 1.35 times the speed of one, at 256 KiB 1.55 to 1.6 times (1.3 in one run of five),
-and one was no slower."""
+and one was no slower; whole pages at once gained no more."""
 
 _SPLIT_OF = {
     "bfloat16": SIGNED16,
@@ -173,6 +173,7 @@ class Planes:
     def _split_signed(
         self, values: npt.NDArray[np.unsignedinteger], outs: Sequence[npt.NDArray[Any]]
     ) -> None:
+        """A piece's exponents, signs beside mantissas, and of 32 bits the lower half, to ``outs``."""
         count = len(values)
         upper = values
         first, second = self._first.view(np.uint16)[:count], self._second.view(np.uint16)[-count:]
@@ -232,6 +233,7 @@ class Planes:
                 np.add(values, part, out=values)
 
     def _join_signed(self, parts: Sequence[npt.NDArray[Any]], values: npt.NDArray[Any]) -> None:
+        """The inverse of ``_split_signed``: fills ``values``."""
         count = len(values)
         upper = values if len(parts) == 2 else self._first.view(np.uint16)[-count:]
         signs = self._first.view(np.uint16)[:count]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -132,25 +131,21 @@ class Scan:
         """Records that lie whole in a page: each with its offset and size."""
         block, placed = self._block(segment, number), self._placed[segment]
         directory, known = block.directory, self._global_ids[segment]
-        local, steps, calls, shape_ids, offsets = (
-            directory.rows[name][rows].tolist() for name in ("site", "step", "call", "shape", "offset")
-        )
-        shapes, full_shapes = zip(*directory.shapes, strict=True)
-        # As RecordRef(...) makes them one by one, in a third of the time: pages of decode steps hold hundreds.
-        values = zip(
-            map(known.__getitem__, local),
-            map(placed.first_step.__add__, steps),
-            calls,
-            repeat(block.header.dtype_name),
-            map(shapes.__getitem__, shape_ids),
-            map(full_shapes.__getitem__, shape_ids),
-            repeat(placed.rank),
-            repeat(segment),
-            zip(zip(repeat(number), rows.tolist(), strict=False), strict=True),
-            strict=False,
-        )
-        refs = map(partial(tuple.__new__, RecordRef), values)
-        return list(zip(refs, offsets, directory.sizes[rows].tolist(), strict=True))
+        first_step, rank = placed.first_step, placed.rank
+        dtype, shapes = block.header.dtype_name, directory.shapes
+        found = []
+        columns = [
+            directory.rows[name][rows].tolist() for name in ("step", "site", "call", "shape", "offset")
+        ]
+        # As RecordRef(...) makes it, in half the time: pages of decode steps hold hundreds of records.
+        make = partial(tuple.__new__, RecordRef)
+        for row, size, step, local, call, shape, offset in zip(
+            rows.tolist(), directory.sizes[rows].tolist(), *columns, strict=True
+        ):
+            places = ((number, row),)
+            values = (known[local], step + first_step, call, dtype, *shapes[shape], rank, segment, places)
+            found.append((make(values), offset, size))
+        return found
 
     def _num_bytes(self, job: _Job) -> int:
         if job.whole is not None:

@@ -8,24 +8,20 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from ..errors import CaptureFailedError
 from .blocks import BlockHeader, Shape
-from .codec import PageEncoder, empty_frame, encode_directory
-from .direct import DirectWriter, fill_bytes
-from .files import close_file, open_file, start_writeback, sync, write_all
-from .frames import CODEC_CODES, SEGMENT_ID_BYTES, Prolog, write_fill, write_sites
-from .index import IndexRow, write_index
+from .codec import PageEncoder, encode_directory
+from .frames import CODEC_CODES, Prolog
 from .memory import DEFAULT_MEMORY_BYTES, plan_memory
 from .open_pages import OpenPages
-from .pages import U8, Arranged, PackLayout, Page
-from .payload import LEAD_BYTES, EncodedPage
+from .pages import U8, PackLayout, Page
 from .records import DTYPES, RecordMeta, SiteEntry
-from .resume import Resumed, resume_file
+from .segment_writer import SegmentWriter
 from .tiers import TIERS_OF_CODEC, Choices, TierControl
 
 
@@ -74,46 +70,21 @@ class StreamWriter:
             TIERS_OF_CODEC[codec], target_bytes_per_s=target_bytes_per_s, num_workers=plan.num_workers
         )
         self.max_relative_error = max_relative_error
-        self.first_step = 0
         self.failure: BaseException | None = None
-        self.stored_bytes = 0
-        self.raw_bytes = 0
-        self.num_records = 0
         created_ns = time.time_ns() if created_ns is None else created_ns
-        self._prolog = Prolog(codec, uuid.uuid4().bytes, dict(metadata), rank, world, created_ns)
-        beginning = [empty_frame(codec), self._prolog.write()]
-        self._segment_id = self._prolog.uuid[:SEGMENT_ID_BYTES]
-        self._sites: list[SiteEntry] = []
-        self._site_ids: dict[tuple[str, str], int] = {}
-        self._inputs: set[int] = set()
-        self._sites_written = 0
-        self._blocks: list[IndexRow] = []
-        self._site_sets: dict[frozenset[int], frozenset[int]] = {}
-        self._max_step = -1
+        prolog = Prolog(codec, uuid.uuid4().bytes, dict(metadata), rank, world, created_ns)
+        self._segment = SegmentWriter(path, mode, prolog, page_bytes=plan.page_bytes)
+        self._sites = list(self._segment.known_sites)
+        self._site_ids = {(site.name, site.role): site.id for site in self._sites}
+        self._inputs = set(self._segment.known_inputs)
         self._open = OpenPages(plan.page_bytes, self._take)
         self._queue: queue.SimpleQueue[Page | None] = queue.SimpleQueue()
         self._choices = Choices()
-        self._sequence = 0
-        self._turn = 0
+        self._sequence = self._turn = self._segment.next_sequence
         self._turn_changed = threading.Condition()
         self._abandoned = False
         self._stopping = False
         self._closed = False
-        self._segment_offset = 0
-        self._resumed: Resumed | None = None
-        self._fd: int | None = None
-        self._replaced_fd: int | None = None
-        if mode == "a" and path is not None:
-            self._resume(path)
-        if self._resumed is None:
-            if path is not None:
-                self._fd, self._replaced_fd = open_file(path, mode)
-            try:
-                self._write(beginning)
-            except BaseException:
-                self._close_file()
-                raise
-        self._direct = DirectWriter(self._fd, plan.page_bytes) if self._fd is not None else None
         self._workers: list[threading.Thread] = []
         for _ in range(plan.num_workers):
             self._start_worker()
@@ -123,24 +94,22 @@ class StreamWriter:
         self._workers.append(worker)
         worker.start()
 
-    def _resume(self, path: os.PathLike[str] | str) -> None:
-        """Go on where the last segment of an existing file has its last good block; nothing if there is no file."""
-        resumed = resume_file(path, self.codec)
-        if resumed is None:
-            return
-        self._resumed, self._fd, segment = resumed, resumed.fd, resumed.segment
-        self._prolog, self._segment_id = segment.prolog, segment.segment_id
-        self._segment_offset = segment.offset
-        self.stored_bytes = resumed.end
-        self.first_step = segment.num_steps
-        self._max_step = segment.num_steps - 1
-        self.num_records, self.raw_bytes = segment.num_records, segment.raw_bytes
-        self._sites = list(resumed.sites)
-        self._site_ids = {(site.name, site.role): site.id for site in self._sites}
-        self._inputs = set(segment.inputs)
-        self._sites_written = resumed.sites_written
-        self._blocks = list(resumed.blocks)
-        self._sequence = self._turn = resumed.next_sequence
+    @property
+    def first_step(self) -> int:
+        """Of this writer's own: more than 0 where it goes on with a file."""
+        return self._segment.first_step
+
+    @property
+    def stored_bytes(self) -> int:
+        return self._segment.stored_bytes
+
+    @property
+    def raw_bytes(self) -> int:
+        return self._segment.raw_bytes
+
+    @property
+    def num_records(self) -> int:
+        return self._segment.num_records
 
     # -- the drain thread's side ---------------------------------------------------------------------------
 
@@ -208,11 +177,11 @@ class StreamWriter:
         try:
             if self.failure is None:
                 try:
-                    self._write_end(summary)
+                    self._segment.write_end(summary, self._sites)
                 except Exception as error:
                     self.failure = error
         finally:
-            self._close_file()
+            self._segment.close()
         if self.failure is not None:
             raise CaptureFailedError(
                 f"the stream could not be written: {self.failure}; what was written before is readable with "
@@ -226,7 +195,7 @@ class StreamWriter:
         self._abandoned = True
         self.finish()
         self._closed = True
-        self._close_file()
+        self._segment.close()
 
     def capacity(self) -> tuple[float, str] | None:
         """``(raw bytes a second, "disk" or "cores")``: the most that this writer takes, as measured; None before
@@ -249,17 +218,6 @@ class StreamWriter:
         for worker in self._workers:
             worker.join()
 
-    def _close_file(self) -> None:
-        fd, self._fd = self._fd, None
-        if fd is not None:
-            close_file(fd)
-        self._close_replaced()
-
-    def _close_replaced(self) -> None:
-        fd, self._replaced_fd = self._replaced_fd, None
-        if fd is not None:
-            os.close(fd)
-
     # -- the workers' side ---------------------------------------------------------------------------------
 
     def _work(self) -> None:
@@ -271,10 +229,7 @@ class StreamWriter:
                 scratch.append(np.empty(self.page_bytes, np.uint8))
             return scratch[0]
 
-        with self._turn_changed:
-            replaced, self._replaced_fd = self._replaced_fd, None
-        if replaced is not None:
-            os.close(replaced)
+        self._segment.close_replaced()
         while (page := self._queue.get()) is not None:
             try:
                 if self.failure is None and not self._abandoned:
@@ -336,7 +291,7 @@ class StreamWriter:
             filter=encoded.filter,
             directory_encoding=directory_encoding,
             num_rows=len(rows),
-            segment_id=self._segment_id,
+            segment_id=self._segment.id,
             sequence=page.sequence,
             time_ns=time.time_ns(),
             min_step=int(steps.min()),
@@ -353,78 +308,19 @@ class StreamWriter:
         seconds = time.perf_counter() - started_s
         with self._turn_of(page):
             if self.failure is None and not self._abandoned:
-                seconds += self._append(page, records, header, directory, encoded)
+                started_s = time.perf_counter()
+                num_bytes = self._segment.write_block(
+                    header,
+                    directory,
+                    encoded,
+                    records,
+                    sites=self._sites[: page.num_sites],
+                    inputs=self._inputs,
+                )
+                writing_s = time.perf_counter() - started_s
+                self.tiers.written(num_bytes, writing_s)
+                seconds += writing_s
         # All that a page keeps its worker busy with; waiting for its turn is not.
         self.tiers.encoded(
             page.dtype, tier, page.raw_bytes, encoded.payload_bytes, seconds if encoder.typical else None
         )
-
-    def _append(
-        self, page: Page, records: Arranged, header: BlockHeader, directory: bytes, encoded: EncodedPage
-    ) -> float:
-        """Write a block; the seconds that it took."""
-        if page.num_sites > self._sites_written:
-            self._write([write_sites(self._sites[self._sites_written : page.num_sites], self._segment_id)])
-            self._sites_written = page.num_sites
-        started_s = time.perf_counter()
-        direct = self._direct
-        if direct is not None and direct.wants(self.stored_bytes, encoded.payload_bytes + len(directory)):
-            self._write([write_fill(fill_bytes(self.stored_bytes))])
-        else:
-            direct = None
-        offset = self.stored_bytes - self._segment_offset
-        head = header.write(directory, offset, LEAD_BYTES)
-        if direct is not None:
-            num_bytes = len(head) + encoded.payload_bytes
-            self.stored_bytes += num_bytes + direct.append([head, *encoded.pieces], num_bytes)
-        else:
-            self._write([head, *encoded.pieces])
-            if self._fd is not None:
-                start_writeback(self._fd, self._segment_offset + offset, len(head) + encoded.payload_bytes)
-        seconds = time.perf_counter() - started_s
-        self.tiers.written(len(head) + encoded.payload_bytes, seconds)
-        sites = records.sites()
-        # Blocks mostly have the same sites: one set for all of them, 4 KiB for 60 sites.
-        sites = self._site_sets.setdefault(sites, sites)
-        self._blocks.append(
-            IndexRow(
-                offset,
-                header.min_step,
-                header.max_step,
-                len(head) + header.payload_bytes,
-                header.num_rows,
-                header.raw_bytes,
-                sites,
-            )
-        )
-        self._max_step = max(self._max_step, header.max_step)
-        num_records, num_bytes = records.count(sites & self._inputs)
-        self.raw_bytes += num_bytes
-        self.num_records += num_records
-        return seconds
-
-    def _write_end(self, summary: Mapping[str, Any]) -> None:
-        num_steps = summary.get("num_steps", 0)
-        resumed = self._resumed
-        index = write_index(
-            self.stored_bytes - self._segment_offset,
-            self._blocks,
-            self._sites,
-            segment_id=self._segment_id,
-            num_steps=max(int(num_steps), self._max_step + 1, self.first_step),
-            num_records=self.num_records,
-            raw_bytes=self.raw_bytes,
-            summary=summary,
-            earlier_summaries=resumed.earlier_summaries if resumed else (),
-            damage=resumed.damage if resumed else (),
-            incomplete=resumed.segment.incomplete if resumed else (),
-        )
-        self._write([index])
-        if self._fd is not None:
-            sync(self._fd)
-
-    def _write(self, pieces: Sequence[Any]) -> None:
-        views = [memoryview(piece).cast("B") for piece in pieces if len(piece)]
-        if self._fd is not None:
-            write_all(self._fd, views)
-        self.stored_bytes += sum(map(len, views))
