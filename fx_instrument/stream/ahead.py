@@ -13,9 +13,9 @@ _Result = TypeVar("_Result")
 
 _PAGE_BYTES = 4 << 20
 LARGE_BYTES = 16 << 20
-"""Results that no one has taken yet hold at most a page a thread. Larger ones may be as many as there are threads, up to
-this for each thread, or one: a record of a prefill is often a little more than a page, and with room for pages only two
-threads took turns over such records."""
+"""Results that no one has taken yet hold at most a page a thread. Larger ones may be as many as there are threads, up
+to this for each thread, or one: a record of a prefill is often a little more than a page, and with room for pages
+only two threads took turns over such records."""
 _MAX_THREADS = 4
 """Zstandard's Huffman decoder and a core's share of memory bandwidth: more threads than this starve each other."""
 
