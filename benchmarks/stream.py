@@ -376,9 +376,11 @@ def measure_large_file(data: Data, folder: Path, num_bytes: int) -> dict[str, An
             found[f"{kind}_find_and_read_ms_p99"] = both[-2]
             del finds, reads
         found["held_after_400_reads_mb"] = (resident("RssAnon") - before) / 1e6
-    recovering = Meter(lambda: StreamReader(path, recover=True))
-    recovering.result.close()
-    found["recover_s_per_gb"] = recovering.wall / (path.stat().st_size / 1e9)
+    for key in ("recover_s_per_gb", "recover_again_s_per_gb"):
+        # The second time all of the file lies in the page cache.
+        recovering = Meter(lambda: StreamReader(path, recover=True))
+        recovering.result.close()
+        found[key] = recovering.wall / (path.stat().st_size / 1e9)
     path.unlink()
     return found
 
