@@ -39,9 +39,10 @@ class StreamReader:
     Args:
         path: a file, or several: their segments are read as ``place_segments`` orders and numbers them. Records say
             their rank, and steps go on from one file of a rank to its next.
-        recover: walk all of it and verify every checksum at once (0.1 s a GB from the page cache, about 1 from a disk); ``damage`` says what was
-            skipped, and what is left reads without errors. Otherwise ``read`` and ``scan`` verify what they touch
-            and raise CorruptStreamError, and ``damage`` holds what was lost before a file was resumed.
+        recover: walk all of it and verify every checksum at once (0.1 s a GB from the page cache, about 1 from a
+            disk); ``damage`` says what was skipped, and what is left reads without errors. Otherwise ``read`` and
+            ``scan`` verify what they touch and raise CorruptStreamError, and ``damage`` holds what was lost before
+            a file was resumed.
         num_threads: how many decode pages ahead in ``scan`` and ``read_all``; None: one a core, up to four.
 
     Raises:
