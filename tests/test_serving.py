@@ -31,7 +31,7 @@ from fx_instrument.capture.session import Session
 from fx_instrument.requests import NO_REQUEST, ROWS_INPUT
 from fx_instrument.serving.folder import RecordingFolder
 from fx_instrument.serving.tags import Request, tagged
-from fx_instrument.stream import writer
+from fx_instrument.stream import segment_writer
 
 SITES = 2 * PLAIN.depth
 
@@ -267,7 +267,7 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     def full(fd: int, views: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer, "write_all", full)
+    monkeypatch.setattr(segment_writer, "write_all", full)
 
 
 def remove_folder(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -351,14 +351,14 @@ def test_a_full_buffer_drops(max_stall_s: float, tmp_path: Path, monkeypatch: py
     model, framework = instrumented(max_memory_gb=0.01)
     ids = tokens(16, 64)
     expected = model(ids)
-    held, write_all = threading.Event(), writer.write_all
+    held, write_all = threading.Event(), segment_writer.write_all
 
     def hanging(fd: int, views: Any) -> None:
         assert held.wait(60)
         write_all(fd, views)
 
     with Recorder(framework, tmp_path / "r", max_stall_s=max_stall_s, min_free_bytes=0) as recorder:
-        monkeypatch.setattr(writer, "write_all", hanging)
+        monkeypatch.setattr(segment_writer, "write_all", hanging)
         with recorder.request("one"):
             for _ in range(40):
                 assert torch.equal(model(ids), expected)
