@@ -23,7 +23,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--quick", is_flag=True, help="Fewer variants, workloads and rounds.")
+@click.option("--quick", is_flag=True, help="Fewer variants, workloads and rounds: 3 minutes on 2 cores.")
 @click.option("--full", is_flag=True, help="Every section and workload.")
 @click.option(
     "--only",
@@ -39,12 +39,13 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
     help="Only this kind of workload; may be given several times.",
 )
 @click.option("--variant", "names", multiple=True, help="Only variants whose name holds this text, e.g. FX.")
-@click.option("--rounds", type=click.IntRange(min=1), help="Interleaved rounds of each workload [5].")
+@click.option(
+    "--rounds", type=click.IntRange(min=1), help="Interleaved rounds of each workload [5, with --quick 3]."
+)
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu, or cuda where there is one.")
 @click.option("--mode", help="torch.compile's mode for every compiled variant, e.g. reduce-overhead.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="torch's threads.")
-@click.option("--no-peers", is_flag=True, help="Leave other libraries out.")
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -61,7 +62,6 @@ def main(
     device: str,
     mode: str | None,
     threads: int,
-    no_peers: bool,
     output: Path | None,
 ) -> None:
     """What capturing costs: the compiled model with captures in its graph, beside hooks and beside nothing.
@@ -82,18 +82,17 @@ def main(
     options = sections.Options(
         dtype=getattr(torch, dtype),
         device=device,
-        rounds=rounds or 5,
+        rounds=rounds or (3 if quick else 5),
         quick=quick,
         full=full,
         compile_options={"mode": mode} if mode else {},
-        with_peers=not no_peers,
         kinds=kinds,
         variants=names,
     )
     result = begin(output, bool(only), today, device)
     result["dtype"] = dtype
     console = Console()
-    parts = only or (sections.QUICK if quick else tuple(sections.SECTIONS) if full else sections.USUAL)
+    parts = only or (sections.QUICK if quick else tuple(sections.SECTIONS) if full else sections.usual())
     with _progress() as progress:
         task = progress.add_task("", total=len(parts))
         options.say = lambda text: progress.update(task, description=text)

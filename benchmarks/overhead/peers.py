@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -146,6 +147,11 @@ PEERS: dict[str, Callable[[Setup], Variant]] = {
     "torchlens": torchlens,
     "llm-instrumentation": llm_instrumentation,
 }
+
+
+def installed() -> list[str]:
+    """Those of the packages that are there."""
+    return [name for name, package in PACKAGES.items() if importlib.util.find_spec(package.replace("-", "_"))]
 
 
 def peers(setup: Setup) -> tuple[list[Variant], dict[str, str]]:

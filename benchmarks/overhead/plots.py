@@ -26,7 +26,7 @@ def draw(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     written = []
     tables = [
         (section, name, part)
-        for section in ("real", "toy")
+        for section in ("real", "toy", "peers")
         for name, part in sections.get(section, {}).get("workloads", {}).items()
     ]
     for section, name, part in tables:
@@ -39,8 +39,9 @@ def draw(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
         written.append(_save(_sites(sections["scaling"]), folder / f"{stem}-sites.png"))
     if "memory" in sections:
         written.append(_save(_memory(sections["memory"]), folder / f"{stem}-memory.png"))
-    if "timeline" in sections:
-        written.append(_save(_timeline(sections["timeline"]), folder / f"{stem}-timeline.png"))
+    if "timeline" in sections.get("real", {}):
+        title = f"{sections['real']['model']}, zstd into a file"
+        written.append(_save(_timeline(title, sections["real"]["timeline"]), folder / f"{stem}-timeline.png"))
     return written
 
 
@@ -127,8 +128,8 @@ def _memory(section: dict[str, Any]) -> Any:
     return figure
 
 
-def _timeline(section: dict[str, Any]) -> Any:
-    spans = section["spans"]
+def _timeline(title: str, found: dict[str, Any]) -> Any:
+    spans = found["spans"]
     lanes = sorted({(list(LANE_COLOURS).index(span["lane"]), span["lane"], span["thread"]) for span in spans})
     figure, axes = plt.subplots(figsize=(11, 0.5 * len(lanes) + 1.2))
     for place, (_, lane, thread) in enumerate(reversed(lanes)):
@@ -139,10 +140,8 @@ def _timeline(section: dict[str, Any]) -> Any:
         range(len(lanes)), [f"{lane} ({thread})" for _, lane, thread in reversed(lanes)], fontsize=8
     )
     axes.set_xlabel("ms from the beginning of the block")
-    work = section["workload"]
-    axes.set_title(
-        f"{section['model']}, {work['kind']} {work['batch']}x{work['length']}, zstd into a file", fontsize=10
-    )
+    work = found["workload"]
+    axes.set_title(f"{title}, {work['kind']} {work['batch']}x{work['length']}", fontsize=10)
     return figure
 
 

@@ -7,7 +7,7 @@ import gc
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 
 COUNTS = ("graphs", "breaks", "recompiles", "kernels")
+CHECKED = (*COUNTS, *(f.name for f in fields(measure.Checked) if f.name != "counts"), "note")
 
 
 @dataclass
@@ -38,7 +39,6 @@ class Options:
     full: bool = False
     """Every workload and section, however long it takes."""
     compile_options: dict[str, Any] = field(default_factory=dict)
-    with_peers: bool = True
     kinds: Sequence[str] = ()
     """Kinds of workload that the models run; chosen by ``full`` and ``quick`` if empty."""
     variants: Sequence[str] = ()
@@ -56,9 +56,14 @@ def table(
     options: Options,
     *,
     rounds: int | None = None,
-    missing: dict[str, str] | None = None,
+    checked: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Check every variant on a workload, measure all of them in interleaved rounds: a row each."""
+    """Check every variant on a workload, measure all of them in interleaved rounds: a row each.
+
+    Args:
+        checked: rows of the same variants on the same workload: they are compiled, and what was found then is said
+            again.
+    """
     bench = Bench(workload, model)
     rows: dict[str, dict[str, Any]] = {}
     alive, reference = [], None
@@ -67,9 +72,14 @@ def table(
         for variant in chosen:
             if variant.kinds and workload.kind not in variant.kinds:
                 continue
+            if checked is not None:
+                rows[variant.name] = {key: checked[variant.name].get(key) for key in CHECKED}
+                if "error" not in checked[variant.name]:
+                    alive.append(variant)
+                continue
             options.say(f"{workload.name}: compile and check {variant.name}")
             try:
-                checked, output = measure.check(variant, bench, folder, reference)
+                found, output = measure.check(variant, bench, folder, reference)
             except Exception as error:
                 if variant.name == BASE:
                     raise
@@ -77,7 +87,7 @@ def table(
                 rows[variant.name] = {"error": f"failed: {peers.first_line(error)}"}
                 continue
             reference = output if reference is None else reference
-            rows[variant.name] = {**measure.described(checked), "note": variant.note}
+            rows[variant.name] = {**measure.described(found), "note": variant.note}
             if variant.counts_of in rows:
                 rows[variant.name].update({count: rows[variant.counts_of][count] for count in COUNTS})
             alive.append(variant)
@@ -93,8 +103,6 @@ def table(
         )
     for variant in alive:
         rows[variant.name].update(measure.figures(samples, variant.name, bench))
-    for name, reason in (missing or {}).items():
-        rows[name] = {"error": reason}
     return {"workload": asdict(workload), "rounds": number, "variants": rows}
 
 
@@ -109,70 +117,97 @@ def main_workloads(name: str, options: Options) -> list[Workload]:
         kinds = ("prefill",) if name == "real" else ("decode-static",)
     else:
         kinds = ("prefill", "decode-static")
-    times = 1 if name == "real" else 8
     steps = {"prefill": 6, "decode-static": 48, "decode-dynamic": 48, "generate": 48}
     lengths = {"prefill": 128}
-    return [Workload(kind, 4, lengths.get(kind, 32), steps[kind] * times) for kind in kinds]
+    times = 8 if name == "toy" else 0.5 if options.quick else 1
+    return [Workload(kind, 4, lengths.get(kind, 32), int(steps[kind] * times)) for kind in kinds]
 
 
 def real(options: Options) -> dict[str, Any]:
-    """All variants, other libraries too, on SmolLM2-135M; then those that matter with no core idle."""
+    """Hooks and ours on SmolLM2-135M; then once more with no core idle; and a timeline."""
+    setup = _smollm(options)
+    section = _compare("real", "SmolLM2-135M-Instruct", setup, options)
+    if any(name.startswith("prefill") for name in section["workloads"]):
+        options.say("timeline")
+        # The capture is compiled by now: a variant of its own finds it in Inductor's cache.
+        section["timeline"] = _lanes(setup, options)
+    return section
+
+
+def _smollm(options: Options) -> Setup:
     options.say("loading SmolLM2-135M")
     model, tokenizer = models.smollm(options.dtype, options.device)
-    setup = Setup(model, options=options.compile_options, tokenizer=tokenizer)
-    return _compare("real", "SmolLM2-135M-Instruct", setup, options, options.with_peers and not options.quick)
+    return Setup(model, options=options.compile_options, tokenizer=tokenizer)
 
 
 def toy(options: Options) -> dict[str, Any]:
     """All variants of ours and of hooks on a toy, whose forward call is so short that fixed costs show."""
     setup = Setup(models.toy(options.dtype, options.device), options=options.compile_options)
-    return _compare("toy", "toy, 4 layers of width 256", setup, options, False)
+    return _compare("toy", "toy, 4 layers of width 256", setup, options)
 
 
-def _compare(name: str, title: str, setup: Setup, options: Options, with_peers: bool) -> dict[str, Any]:
-    model = setup.model
-    chosen = [
-        variants.compiled(setup),
+def _compare(name: str, title: str, setup: Setup, options: Options) -> dict[str, Any]:
+    ours = variants.ours(setup)
+    key = [variants.compiled(setup), *ours]
+    traced = variants.traced_hooks(setup)
+    hooks = [*traced, variants.hooked(setup, compiled=True)]
+    sampled = variants.sampled(setup, 0.01)
+    rest = [
+        sampled,
         variants.compiled(setup, AGAIN),
-        *variants.ours(setup),
-        *variants.traced_hooks(setup),
-        variants.sampled(setup, 0.01),
         variants.plain(setup),
+        variants.hooked(setup, compiled=False),
     ]
-    if not options.quick:
-        chosen += [variants.hooked(setup, compiled=False), variants.hooked(setup, compiled=True)]
-    others, missing = peers.peers(setup) if with_peers else ([], {})
+    if options.full:
+        rest.append(variants.hooked(setup, compiled=True, recompile_limit=4 * len(setup.names())))
 
-    def wanted(those: Sequence[Variant]) -> list[Variant]:
+    def wanted(kind: str) -> list[Variant]:
+        if options.quick and name == "real":
+            those = key
+        elif kind == "generate" or (kind != "prefill" and name == "real" and not options.full):
+            # Each more is half a minute of compiling.
+            those = [*key, *hooks]
+        else:
+            those = [*key, *hooks, *rest]
         parts = options.variants
         return [v for v in those if v.name == BASE or not parts or any(part in v.name for part in parts)]
 
-    fewer = {"generate": [*chosen[:5], chosen[8]]}
-    if name == "real" and not options.full:
-        fewer["decode-static"] = chosen[:8]
     found: dict[str, Any] = {}
     section = {"model": title, "workloads": found}
     for workload in main_workloads(name, options):
-        rows = found[workload.name] = table(
-            wanted(fewer.get(workload.kind, chosen)), workload, model, options
-        )
+        chosen = wanted(workload.kind)
+        rows = found[workload.name] = table(chosen, workload, setup.model, options)
         options.keep(name, section)
-        if (others or missing) and workload.kind == "prefill":
-            # Some of them take many times as long, so they get fewer rounds, and rounds of their own.
-            few = table([chosen[0], *others], workload, model, options, rounds=3, missing=missing)
-            del few["variants"][BASE]
-            rows["variants"].update(few["variants"])
-            rows["rounds_of_peers"] = 3
-            options.keep(name, section)
         no_idle_core = KINDS if options.full else ("prefill",)
         if not options.quick and options.device == "cpu" and workload.kind in no_idle_core:
+            few = [v for v in chosen if v in (*key, *traced, sampled)]
             with measure.one_core():
-                busy = table(wanted(chosen[:8]), workload, model, options)
-            for variant, row in busy["variants"].items():
-                row.update({count: rows["variants"][variant].get(count) for count in COUNTS})
+                busy = table(few, workload, setup.model, options, checked=rows["variants"])
             found[f"{workload.name}, no idle core"] = busy
             options.keep(name, section)
     return section
+
+
+def _lanes(setup: Setup, options: Options) -> dict[str, Any]:
+    """A timeline of forward, hand-over, compression and writing."""
+    variant = variants.ours(setup)[2]
+    workload = Workload("prefill", 4, 128, 4)
+    bench = Bench(workload, setup.model)
+    with tempfile.TemporaryDirectory() as folder:
+        clock(variant, bench, Path(folder))
+        spans = timeline.record(variant, bench, Path(folder))
+    return {"workload": asdict(workload), "spans": spans}
+
+
+def others(options: Options) -> dict[str, Any]:
+    """Other libraries on SmolLM2-135M, beside the compiled model and ours; those that are not installed say so."""
+    setup = _smollm(options)
+    found, missing = peers.peers(setup)
+    chosen = [variants.compiled(setup), variants.plain(setup), variants.ours(setup)[2], *found]
+    # Some of them take many times as long.
+    rows = table(chosen, Workload("prefill", 4, 128, 2), setup.model, options, rounds=3)
+    rows["variants"].update({name: {"error": reason} for name, reason in missing.items()})
+    return {"model": "SmolLM2-135M-Instruct", "workloads": {"prefill 4x128": rows}}
 
 
 def kinds(options: Options) -> dict[str, Any]:
@@ -211,12 +246,10 @@ def shapes(options: Options) -> dict[str, Any]:
 
 def parts(options: Options) -> dict[str, Any]:
     """Where capturing's time goes, by leaving parts of it out, on the real model."""
-    options.say("loading SmolLM2-135M")
-    model, _ = models.smollm(options.dtype, options.device)
-    setup = Setup(model, options=options.compile_options)
+    setup = _smollm(options)
     chosen = [variants.compiled(setup), *variants.left_out(setup), *variants.ours(setup)]
     workloads = [w for w in main_workloads("real", options) if w.kind in ("prefill", "decode-static")]
-    found = {workload.name: table(chosen, workload, model, options) for workload in workloads}
+    found = {workload.name: table(chosen, workload, setup.model, options) for workload in workloads}
     return {"model": "SmolLM2-135M-Instruct", "workloads": found}
 
 
@@ -356,21 +389,6 @@ def counted(options: Options) -> dict[str, Any]:
     }
 
 
-def lanes(options: Options) -> dict[str, Any]:
-    """A timeline of forward, hand-over, compression and writing."""
-    model, _ = models.smollm(options.dtype, options.device)
-    setup = Setup(model, options=options.compile_options)
-    variant = variants.ours(setup)[2]
-    workload = Workload("prefill", 4, 128, 4)
-    bench = Bench(workload, model)
-    with tempfile.TemporaryDirectory() as folder:
-        options.say("timeline: compile")
-        clock(variant, bench, Path(folder))
-        options.say("timeline: run")
-        spans = timeline.record(variant, bench, Path(folder))
-    return {"model": "SmolLM2-135M-Instruct", "workload": asdict(workload), "spans": spans}
-
-
 SECTIONS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "real": real,
     "toy": toy,
@@ -381,10 +399,14 @@ SECTIONS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "scaling": scaling,
     "memory": memory,
     "instructions": counted,
-    "timeline": lanes,
+    "peers": others,
 }
-QUICK = ("real", "toy", "timeline")
-USUAL = ("real", "toy", "memory", "instructions", "timeline")
+QUICK = ("real", "toy")
+
+
+def usual() -> tuple[str, ...]:
+    """What runs if nothing else is said: other libraries where one is installed."""
+    return ("real", "toy", "memory", *(("peers",) if peers.installed() else ()))
 
 
 @contextlib.contextmanager

@@ -78,25 +78,30 @@ class Bench:
             logits = model(self.ids, past_key_values=cache, use_cache=True).logits
         return cache, logits[:, -1:].argmax(-1)
 
-    def ready(self) -> Run:
-        """A run that starts from the same state as every other; making it is not part of the timing."""
+    def ready(self, steps: int | None = None) -> Run:
+        """A run that starts from the same state as every other; making it is not part of the timing.
+
+        Args:
+            steps: so many instead of the workload's, of prefill and decode.
+        """
         workload = self.workload
+        steps = steps or workload.steps
         if workload.kind == "prefill":
-            return self._run_prefill
+            return lambda model: self._run_prefill(model, steps)
         if workload.kind == "generate":
             return self._run_generate
         cache = copy.deepcopy(self._cache)
-        return lambda model: self._run_decode(model, cache)
+        return lambda model: self._run_decode(model, cache, steps)
 
-    def _run_prefill(self, model: Any) -> torch.Tensor:
-        for _ in range(self.workload.steps):
+    def _run_prefill(self, model: Any, steps: int) -> torch.Tensor:
+        for _ in range(steps):
             logits: torch.Tensor = model(self.ids, use_cache=False).logits
         return logits
 
-    def _run_decode(self, model: Any, cache: Any) -> torch.Tensor:
+    def _run_decode(self, model: Any, cache: Any, steps: int) -> torch.Tensor:
         token, kept = self._next, []
         first = self.workload.length
-        for step in range(self.workload.steps):
+        for step in range(steps):
             position = torch.full((self.workload.batch, 1), first + step, device=token.device)
             logits = model(token, past_key_values=cache, position_ids=position, use_cache=True).logits
             token = logits[:, -1:].argmax(-1)
