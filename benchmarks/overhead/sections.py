@@ -119,7 +119,7 @@ def main_workloads(name: str, options: Options) -> list[Workload]:
         kinds = ("prefill", "decode-static")
     steps = {"prefill": 6, "decode-static": 48, "decode-dynamic": 48, "generate": 48}
     lengths = {"prefill": 128}
-    times = 8 if name == "toy" else 0.5 if options.quick else 1
+    times = (8 if name == "toy" else 1) * (0.5 if options.quick else 1)
     return [Workload(kind, 4, lengths.get(kind, 32), int(steps[kind] * times)) for kind in kinds]
 
 
@@ -162,10 +162,12 @@ def _compare(name: str, title: str, setup: Setup, options: Options) -> dict[str,
         rest.append(variants.hooked(setup, compiled=True, recompile_limit=4 * len(setup.names())))
 
     def wanted(kind: str) -> list[Variant]:
+        # Of the real model each more is half a minute of compiling.
         if options.quick and name == "real":
             those = key
-        elif kind == "generate" or (kind != "prefill" and name == "real" and not options.full):
-            # Each more is half a minute of compiling.
+        elif (
+            options.quick or kind == "generate" or (kind != "prefill" and name == "real" and not options.full)
+        ):
             those = [*key, *hooks]
         else:
             those = [*key, *hooks, *rest]
