@@ -36,7 +36,8 @@ MEASURES = ("wall_s", "model_thread_cpu_s", "process_cpu_s")
 # What the capture runs on the model's thread in each step.
 OWN = {
     "integrations.vllm": {"WorkerCapture": ("_begin_step",)},
-    "engine_capture": {"EngineCapture": ("arm", "store"), "StepSink": ("deliver", "reserve")},
+    "engine_capture": {"EngineCapture": ("arm", "store")},
+    "step_sink": {"StepSink": ("deliver", "reserve")},
 }
 VARIANTS = {
     "plain": None,

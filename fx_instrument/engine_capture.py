@@ -8,6 +8,7 @@ rewritten and compiled, and after each call the rows that were asked for brought
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,12 +29,14 @@ from .graph.rewrite import insert_captures
 from .graph.sites import Site, choose_sites
 from .requests import NEW_INPUT, ROWS_INPUT, TOKENS_INPUT, encode_new, encode_rows
 from .row_plan import EVERYTHING, Group, RowPlanner
-from .stream.files import check_in_place
+from .serving.lane import Lane
+from .serving.off_file import OffFile
+from .serving.one_file import OneFile
+from .serving.rotation import FileLimits, RotatingFiles
+from .step_sink import StepSink
 
 log = logging.getLogger(__name__)
 
-# A file that was deleted or replaced takes what is written with it: it is looked for so often.
-_LOOK_S = 1.0
 # The values of a call go to the buffer in pieces, so that a large prefill needs no buffer of its size.
 _PIECES = 8
 
@@ -41,68 +44,19 @@ Scheduled = tuple[str, int, int]
 """A request's part of a forward call: engine id, position of its first token, number of tokens."""
 
 
-class StepSink:
-    """Takes the values of a forward call from its graphs; rows and requests are known only after it."""
-
-    def __init__(self) -> None:
-        self.armed = False
-        """Whether the forward call that runs has a row that is wanted."""
-        self.starting = True
-        """Whether the engine warms up: values only show that their sites work."""
-        self.values: list[tuple[Site, torch.Tensor]] = []
-        self.fired: dict[Site, int] = {}
-        """Bytes of a row by site, of the sites that delivered while the engine started."""
-        self.eager = False
-
-    def reserve(self, sites: Sequence[Site], num_bytes: int, **of_a_device: Any) -> bool:
-        return True
-
-    def deliver(
-        self,
-        ticket: Any,
-        sites: Sequence[Site],
-        values: Sequence[torch.Tensor],
-        full_shapes: Any,
-        cuts: Any = None,
-    ) -> None:
-        if self.armed:
-            self.values.extend(zip(sites, values, strict=True))
-        elif self.starting:
-            for site, value in zip(sites, values, strict=True):
-                if value.dim() < 2 or not value.shape[0]:
-                    raise InstrumentationError(
-                        f"{site.name} gives a value of shape {tuple(value.shape)}; (tokens, ...) was expected: choose "
-                        f"other sites"
-                    )
-                self.fired[site] = value[0].nbytes
-
-    def record_eager(self, site: Site, value: torch.Tensor) -> None:
-        self.eager = True
-        if self.armed or self.starting:
-            # An engine's norms may add into what a module returned.
-            self.deliver(True, (site,), (value.detach().clone(),), None)
-
-    def cancel(self, ticket: Any) -> None: ...
-    def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> None: ...
-    def end_step(self) -> None: ...
-
-    def take(self) -> list[tuple[Site, torch.Tensor]]:
-        values, self.values, self.armed = self.values, [], False
-        return values
-
-
 class EngineCapture(InstrumentationFramework):
     """The capture of one worker of an engine.
 
     Args:
         config: what to capture.
-        path: the file of this worker.
+        path: the file of this worker; its folder where files rotate.
         all_requests: capture every request that does not say otherwise; else those that ask, and a second graph
             without captures runs the calls in which nobody asked.
-        mode: "w" replaces an existing file, "x" refuses one.
+        mode: "w" replaces an existing file, "x" refuses one; where files rotate, none is ever replaced.
         drop: when the buffer is full, drop values at once and count them, instead of waiting.
         max_stall_s: the longest that a call may wait before values are dropped; None waits.
         engine: its name, for the file's metadata.
+        limits: of files that rotate; None writes one file.
     """
 
     def __init__(
@@ -115,12 +69,13 @@ class EngineCapture(InstrumentationFramework):
         drop: bool,
         max_stall_s: float | None,
         engine: str,
+        limits: FileLimits | None = None,
     ) -> None:
         super().__init__(config)
         self.path = path
         self.sink = StepSink()
-        self.failed: str | None = None
-        """What ended the capture before its time; the engine goes on without it."""
+        self.files: OneFile | RotatingFiles | None = None
+        """Where rows go, once the model is attached."""
         self.refused_requests = 0
         self.paused = False
         """Whether nothing is stored for now; requests are followed all the same, so that it can go on at any step."""
@@ -129,38 +84,64 @@ class EngineCapture(InstrumentationFramework):
         self._mode = mode
         self._drop = drop
         self._max_stall_s = max_stall_s
-        self._session: Session | None = None
-        self._closed = False
+        self._limits = limits
+        # Of two files, one of which is being ended, each has half of the bound.
+        self._memory_bytes = config.max_memory_bytes // (1 if limits is None else 2)
         self._planner: RowPlanner | None = None
-        self._inode = -1
-        self._looked_s = 0.0
         self._waits_until_s = 0.0
+        self._off_file: OffFile | None = None
 
     # -- starting -----------------------------------------------------------------------------------------------
 
+    def take_rank(self, rank: int) -> None:
+        """One of several workers: a path of its own, beside those of the others; before ``attach``."""
+        path = self.path
+        stem, suffix = (path.stem, path.suffix) if self._limits is None else (path.name, "")
+        self.path = path.with_name(f"{stem}.rank{rank}{suffix}")
+
     def attach(self, model: torch.nn.Module, rank: int, world: int) -> None:
-        """Plant the markers, and open the file, which is the ``rank``-th of ``world``.
+        """Plant the markers, and open the file, which is the ``rank``-th of ``world``'s.
 
         Raises:
             NoSitesError: the model has none of the sites.
-            OSError: the file can't be created.
+            OSError: the file can't be created, or the folder is not this process' own.
         """
         attachment = self._attachment = Attachment(model, choose_sites(model, self.config))
         attachment.marker.capturing = True
         attachment.marker.sink = self.sink
         roles = {site.name: site.role for site in attachment.sites}
         self._planner = RowPlanner(roles, EVERYTHING if self._all_requests else None)
-        self._session = open_session(
+        opened = functools.partial(self._open_session, rank=rank, world=world)
+        if self._limits is None:
+            self.files = OneFile(self.path, opened(self.path, mode=self._mode))
+        else:
+            off_file = self._off_file = OffFile(self.path)
+            files = self.files = RotatingFiles(
+                self.path,
+                self._limits,
+                open_session=opened,
+                again="switch_capture(True), or a file 'off' put into the folder and removed,",
+                tend=lambda: off_file.obey(files, lambda: self.switch(not self.paused)),
+            )
+            try:
+                files.start()
+            except BaseException:
+                files.close()
+                raise
+        atexit.register(self.close)
+
+    def _open_session(self, path: Path, *, mode: str = "x", rank: int, world: int) -> Session:
+        waits_for_ever = not self._drop and self._max_stall_s is None
+        return open_session(
             self,
-            self.path,
-            mode=self._mode,
+            path,
+            mode=mode,
             on_full="drop" if self._drop else "stall",
-            patience=None if self._max_stall_s is None else self._patience,
+            max_memory_bytes=self._memory_bytes,
+            patience=None if waits_for_ever else self._patience,
             rank=rank,
             world=world,
         )
-        self._inode = self.path.stat().st_ino
-        atexit.register(self.close)
 
     def compile(
         self,
@@ -204,8 +185,8 @@ class EngineCapture(InstrumentationFramework):
             InstrumentationError: one did not.
             BufferTooSmallError: a site's rows of one call are larger than the buffer.
         """
-        sink, session = self.sink, self._session
-        if session is None:
+        sink = self.sink
+        if self.files is None:
             return
         silent = [site.name for site in self.sites if site not in sink.fired]
         if silent:
@@ -233,14 +214,37 @@ class EngineCapture(InstrumentationFramework):
 
     @property
     def _piece_bytes(self) -> int:
-        # Three quarters of the bound are the values' (the writer has the rest).
-        return self.config.max_memory_bytes * 3 // 4 // _PIECES
+        # Three quarters of a file's bound are the values' (the writer has the rest).
+        return self._memory_bytes * 3 // 4 // _PIECES
 
     # -- a forward call -----------------------------------------------------------------------------------------
 
     @property
     def is_capturing(self) -> bool:
-        return self._session is not None and self.failed is None and not self._closed
+        """Whether rows are stored now."""
+        return not self.paused and self.files is not None and self.files.lane is not None
+
+    @property
+    def is_following(self) -> bool:
+        """Whether to tell it of requests: it stores their rows, or may go on with it in their middle."""
+        return self.files is not None and not self.files.closed
+
+    def switch(self, on: bool) -> bool:
+        """Store nothing from the next call on, or go on, also after a failure where files rotate.
+
+        Where files rotate, switching off ends the file and switching on begins the next one. Never raises: what stands
+        against it is logged and counted.
+
+        Returns:
+            Whether rows are stored now.
+        """
+        self.paused = not on
+        if self.files is not None and not (self._off_file is not None and self._off_file.there):
+            try:
+                (self.files.start if on else self.files.stop)()
+            except Exception as error:
+                log.error("capturing into %s can't be switched on: %r", self.path, error)
+        return self.is_capturing
 
     def begin_request(
         self, engine_id: str, request_id: str, num_prompt_tokens: int, num_cached_tokens: int, wish: Any
@@ -260,7 +264,7 @@ class EngineCapture(InstrumentationFramework):
     def arm(self, scheduled: Iterable[Scheduled]) -> bool:
         """Before a forward call: whether it has rows to keep."""
         assert self._planner is not None
-        self.sink.armed = self.is_capturing and not self.paused and self._planner.any_wanted(scheduled)
+        self.sink.armed = self.is_capturing and self._planner.any_wanted(scheduled)
         return self.sink.armed
 
     def store(self, scheduled: Sequence[Scheduled], token_ids: torch.Tensor | None) -> None:
@@ -270,27 +274,23 @@ class EngineCapture(InstrumentationFramework):
         """
         if self._max_stall_s is not None:
             self._waits_until_s = time.monotonic() + self._max_stall_s
+        files = self.files
+        lane = files.enter() if files is not None else None
+        if files is None or lane is None:
+            self.sink.take()
+            return
         try:
-            self._check_file()
-            self._store(scheduled, token_ids)
+            self._store(lane, scheduled, token_ids)
         except Exception as error:
-            self.switch_off(error)
-        failure = self._session.failure if self._session is not None else None
-        if failure is not None and self.failed is None:
-            self.switch_off(failure)
+            files.fail(lane, error)
+        finally:
+            files.leave(lane)
 
     def _patience(self) -> float:
         """How long the call may still wait, all pieces of its values together."""
         return max(0.0, self._waits_until_s - time.monotonic())
 
-    def _check_file(self) -> None:
-        now_s = time.monotonic()
-        if now_s - self._looked_s < _LOOK_S:
-            return
-        self._looked_s = now_s
-        check_in_place(self.path, self._inode)
-
-    def _store(self, scheduled: Sequence[Scheduled], token_ids: torch.Tensor | None) -> None:
+    def _store(self, lane: Lane, scheduled: Sequence[Scheduled], token_ids: torch.Tensor | None) -> None:
         assert self._planner is not None
         values = self.sink.take()
         missing = len(self.sites) - len({site for site, _ in values})
@@ -299,21 +299,22 @@ class EngineCapture(InstrumentationFramework):
                 f"{missing} of {len(self.sites)} planned sites delivered nothing in a call"
             )
         total = sum(count for _, _, count in scheduled)
-        for group in self._planner.plan(scheduled):
+        for group in self._planner.plan(scheduled, lane.number):
             wanted = [
                 (site, value) for site, value in values if group.sites is None or site.name in group.sites
             ]
-            self._store_group(group, wanted, token_ids, total)
+            self._store_group(lane.session, group, wanted, token_ids, total)
 
     def _store_group(
         self,
+        session: Session,
         group: Group,
         values: Sequence[tuple[Site, torch.Tensor]],
         token_ids: torch.Tensor | None,
         total: int,
     ) -> None:
-        session, planner = self._session, self._planner
-        assert session is not None and planner is not None
+        planner = self._planner
+        assert planner is not None
         rows = torch.from_numpy(group.rows())
         inputs = {ROWS_INPUT: encode_rows(group.runs)}
         if group.new_requests:
@@ -334,36 +335,39 @@ class EngineCapture(InstrumentationFramework):
         finally:
             session.end_step()
 
-    def switch_off(self, error: BaseException) -> None:
-        """End the capture, say so once, and let the engine go on."""
-        if self.failed is None:
-            self.failed = repr(error)
-            log.error("capturing into %s is switched off, the engine goes on: %r", self.path, error)
+    def give_up(self, error: Exception) -> None:
+        """What the engine said of an armed call makes no sense: as a failure in ``store``."""
         self.sink.take()
+        files = self.files
+        lane = files.lane if files is not None else None
+        if files is not None and lane is not None:
+            files.fail(lane, error)
 
     # -- ending -------------------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, Any] | None:
-        """What was captured so far, as ``Capture.report`` has it; None where another worker stores."""
-        if self._session is None:
+        """What was captured so far, as ``RecorderReport`` has it; None where another worker stores.
+
+        Beside its keys ``paused`` (switched off by hand) and ``refused_requests`` (whose argument was bad).
+        """
+        if self.files is None:
             return None
         return {
-            "path": str(self.path),
+            **self.files.report.to_dict(),
             "paused": self.paused,
-            "failed": self.failed,
             "refused_requests": self.refused_requests,
-            **self._session.report.to_dict(),
         }
 
     def close(self) -> None:
-        """Write the index and close the file; the engine goes on without capturing."""
+        """Write the index and close the file; the engine goes on without capturing.
+
+        Raises:
+            CaptureFailedError, TimeoutError: the file has no index; ``open_stream(recover=True)`` reads it.
+        """
         atexit.unregister(self.close)
-        session = self._session
-        if session is None or self._closed:
-            return
-        self._closed = True
         self.sink.take()
-        session.close()
+        if self.files is not None:
+            self.files.close()
 
 
 def _gather(source: torch.Tensor, rows: torch.Tensor, total: int) -> torch.Tensor:

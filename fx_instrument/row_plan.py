@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -162,7 +163,8 @@ class _State:
     num_prompt_tokens: int
     next_position: int
     """Positions before it are stored already: what a preemption makes the engine compute again is not stored twice."""
-    announced: bool = False
+    announced_in: int | None = None
+    """The number of the file that was told of it last."""
 
 
 @dataclass(slots=True)
@@ -199,7 +201,8 @@ class RowPlanner:
         self._default = default
         self._states: dict[str, _State] = {}
         self._choices: dict[str, Choice | None] = {}
-        self._numbers = 0
+        # Drawn, not counted from 0: engines that go on in one folder, read as one, must not share a number.
+        self._numbers = secrets.randbits(62)
 
     def begin(
         self, engine_id: str, request_id: str, num_prompt_tokens: int, num_cached_tokens: int, wish: Any
@@ -241,14 +244,18 @@ class RowPlanner:
                 return True
         return False
 
-    def plan(self, scheduled: Sequence[tuple[str, int, int]]) -> list[Group]:
-        """The rows to keep of a call whose batch has ``(engine id, first position, tokens)`` in this order."""
+    def plan(self, scheduled: Sequence[tuple[str, int, int]], file: int = 0) -> list[Group]:
+        """The rows to keep of a call whose batch has ``(engine id, first position, tokens)`` in this order.
+
+        Args:
+            file: the number of the file that they go to: each is told of the requests that it has rows of.
+        """
         groups: dict[frozenset[str] | None, Group] = {}
         offset = 0
         for engine_id, first, count in scheduled:
             state = self._states.get(engine_id)
             if state is not None:
-                self._add(groups, state, first, count, offset)
+                self._add(groups, state, first, count, offset, file)
             offset += count
         return list(groups.values())
 
@@ -257,18 +264,24 @@ class RowPlanner:
         numbers = {entry["number"] for entry in group.new_requests}
         for state in self._states.values():
             if state.number in numbers:
-                state.announced = False
+                state.announced_in = None
 
     def _add(
-        self, groups: dict[frozenset[str] | None, Group], state: _State, first: int, count: int, offset: int
+        self,
+        groups: dict[frozenset[str] | None, Group],
+        state: _State,
+        first: int,
+        count: int,
+        offset: int,
+        file: int,
     ) -> None:
         wanted = _wanted(state, first, count)
         state.next_position = max(state.next_position, first + count)
         if not wanted:
             return
         group = groups.setdefault(state.choice.sites, Group(state.choice.sites))
-        if not state.announced:
-            state.announced = True
+        if state.announced_in != file:
+            state.announced_in = file
             group.new_requests.append(state.entry)
         for begin, end in wanted:
             group.runs.append((state.number, begin, end - begin))

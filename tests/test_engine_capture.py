@@ -10,105 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from toy_engine import HIDDEN, SITES, Engine, Model
 
 from fx_instrument import InstrumentationConfig, analyze_activations, engine_capture, open_stream
 from fx_instrument.capture.session import Session
 from fx_instrument.engine_capture import EngineCapture
 from fx_instrument.errors import BufferTooSmallError, InstrumentationError, MissingRecordError
-
-HIDDEN = 16
-SITES = [f"layers.{i}.{kind}" for i in range(2) for kind in ("self_attn", "mlp")]
-
-
-class Mixer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(HIDDEN, 32)
-        self.down = nn.Linear(32, HIDDEN)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.up(x).relu())
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.self_attn = Mixer()
-        self.mlp = Mixer()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.self_attn(x)
-        out = self.mlp(x)
-        # In place, as engines' fused norms do: the capture must have taken the value before.
-        out += x
-        return out
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(50, HIDDEN)
-        self.layers = nn.ModuleList(Layer() for _ in range(2))
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.embed(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-class Engine:
-    """Batches chunks of requests into one flat, padded call, as inference engines do."""
-
-    def __init__(self, path: Path, *, compiled: bool = True, config: Any = None, **options: Any) -> None:
-        settings: dict[str, Any] = {"all_requests": True, "mode": "w", "drop": False, "max_stall_s": None}
-        settings.update(options)
-        config = config or InstrumentationConfig(max_memory_gb=0.1)
-        self.capture = EngineCapture(config, path, engine="test", **settings)
-        self.model = Model()
-        self.graphs = 0
-        self.capture.attach(self.model, 0, 1)
-        self.run: Any = (
-            torch.compile(self.model, backend=self._compile, dynamic=True) if compiled else self.model
-        )
-        self.prompts: dict[str, list[int]] = {}
-        with torch.no_grad():
-            self.run(torch.zeros(8, dtype=torch.int64))
-        self.capture.check_fired(64)
-
-    def _compile(self, gm: Any, inputs: Any) -> Any:
-        self.graphs += 1
-        return self.capture.compile(gm, inputs, "eager")
-
-    def add(self, name: str, tokens: list[int], wish: Any = None, *, cached: int = 0) -> None:
-        self.prompts[name] = tokens
-        self.capture.begin_request(f"{name}-00", name, len(tokens), cached, wish)
-
-    def step(self, batch: list[tuple[str, int, int]], padding: int = 3) -> torch.Tensor:
-        ids = torch.tensor(
-            [t for name, first, count in batch for t in self.prompts[name][first : first + count]]
-        )
-        scheduled = [(f"{name}-00", first, count) for name, first, count in batch]
-        armed = self.capture.arm(scheduled)
-        padded = torch.cat([ids, torch.zeros(padding, dtype=torch.int64)])
-        with torch.no_grad():
-            out: torch.Tensor = self.run(padded)
-        if armed:
-            self.capture.store(scheduled, padded.to(torch.int32))
-        return out
-
-    def expected(self, name: str) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = {}
-        model = Model()
-        for site in SITES:
-            model.get_submodule(site).register_forward_hook(
-                lambda module, args, out, site=site: found.__setitem__(site, out.clone())
-            )
-        with torch.no_grad():
-            model(torch.tensor(self.prompts[name]))
-        return found
+from fx_instrument.serving import one_file
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -215,7 +123,7 @@ def test_calls_larger_than_the_buffer_go_in_pieces(tmp_path: Path) -> None:
     tokens = [index % 50 for index in range(40_000)]
     engine.add("long", tokens)
     engine.step([("long", 0, len(tokens))])
-    assert engine.capture.failed is None
+    assert engine.capture.files is not None and engine.capture.files.report.failures == 0
     engine.capture.close()
     with open_stream(tmp_path / "out.stream") as stream:
         assert stream.raw_bytes == 4 * len(tokens) * HIDDEN * 4
@@ -287,10 +195,12 @@ def test_a_failure_switches_off_and_the_engine_goes_on(tmp_path: Path) -> None:
     engine.add("a", [1, 2, 3])
     assert engine.capture.arm([("a-00", 0, 3)])
     engine.capture.store([("a-00", 0, 3)], None)  # no values: no forward call was made
-    assert "delivered nothing" in str(engine.capture.failed)
+    assert not engine.capture.is_capturing
     engine.step([("a", 0, 3)])
+    assert not engine.capture.switch(True)
     report = engine.capture.report()
-    assert report is not None and report["records"] == 0
+    assert report is not None and report["records"] == 0 and report["failures"] == 1
+    assert "delivered nothing" in report["last_failure"] and not report["active"]
     engine.capture.close()
     assert open_stream(tmp_path / "out.stream").requests == ()
 
@@ -300,10 +210,10 @@ def test_switched_off_and_on(tmp_path: Path) -> None:
     engine = Engine(tmp_path / "a.stream")
     engine.add("a", [1, 2, 3, 4, 5, 6])
     engine.step([("a", 0, 2)])
-    engine.capture.paused = True
+    assert not engine.capture.switch(False)
     engine.add("b", [7, 8, 9])
     engine.step([("a", 2, 2), ("b", 0, 1)])
-    engine.capture.paused = False
+    assert engine.capture.switch(True)
     engine.step([("b", 1, 2), ("a", 4, 2)])
     engine.capture.close()
     with open_stream(tmp_path / "a.stream") as stream:
@@ -320,7 +230,7 @@ def test_a_file_that_vanished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, replaced: bool
 ) -> None:
     """A removed folder, or another file in its place: one line in the log, and the engine answers as before."""
-    monkeypatch.setattr(engine_capture, "_LOOK_S", 0.0)
+    monkeypatch.setattr(one_file, "_LOOK_S", 0.0)
     (tmp_path / "r").mkdir()
     path = tmp_path / "r" / "a.stream"
     engine = Engine(path)
@@ -334,9 +244,10 @@ def test_a_file_that_vanished(
         engine.add(name, [1, 2, 3])
         assert torch.equal(engine.step([(name, 0, 3)]), before)
     says = "was replaced while" if replaced else "was deleted while"
-    assert says in str(engine.capture.failed) and not engine.capture.is_capturing
+    assert not engine.capture.is_capturing and not engine.capture.is_following
+    assert engine.capture.files is not None and says in str(engine.capture.files.report.last_failure)
     lines = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-    assert len(lines) == 1 and "switched off, the engine goes on" in lines[0] and says in lines[0]
+    assert len(lines) == 1 and "switched off, responses are not affected" in lines[0] and says in lines[0]
     engine.capture.close()
     assert path.read_bytes() == b"another's" if replaced else not path.exists()
 

@@ -74,8 +74,9 @@ def test_mixed_batch() -> None:
     assert not planner.any_wanted([("b", 0, 4)])
     (group,) = planner.plan([("b", 0, 4), ("a", 0, 3), ("c", 0, 2)])
     assert group.rows().tolist() == [4, 5, 6, 8]
-    assert group.runs == [(0, 0, 3), (1, 1, 1)]
-    assert [entry["id"] for entry in group.new_requests] == ["a", "c"]
+    a, c = group.new_requests
+    assert (a["id"], c["id"]) == ("a", "c") and a["number"] != c["number"]
+    assert group.runs == [(a["number"], 0, 3), (c["number"], 1, 1)]
 
 
 def test_sites_of_their_own_are_a_group_of_their_own() -> None:
@@ -94,11 +95,11 @@ def test_recomputed_rows_are_stored_once() -> None:
     """What a preemption makes the engine compute again is not stored twice; what is new is."""
     planner = RowPlanner(SITES, EVERYTHING)
     planner.begin("a", "a", 4, 0, None)
-    planner.plan([("a", 0, 4)])
+    (first,) = planner.plan([("a", 0, 4)])
     planner.plan([("a", 4, 1)])
     assert not planner.any_wanted([("a", 0, 5)])
     (group,) = planner.plan([("a", 0, 7)])
-    assert group.runs == [(0, 5, 2)]
+    assert group.runs == [(first.new_requests[0]["number"], 5, 2)]
     assert group.rows().tolist() == [5, 6]
 
 
@@ -112,6 +113,24 @@ def test_unrecorded_requests_are_introduced_again() -> None:
     assert [entry["id"] for entry in later.new_requests] == ["a"]
     planner.finish(["a"])
     assert planner.plan([("a", 2, 1)]) == []
+
+
+def test_each_file_is_told_of_its_requests() -> None:
+    """A request that goes on in the next file is introduced there again, once."""
+    planner = RowPlanner(SITES, EVERYTHING)
+    planner.begin("a", "a", 2, 0, None)
+    planner.begin("b", "b", 2, 0, None)
+    told = []
+    for file, batch in (
+        (0, [("a", 0, 2), ("b", 0, 1)]),
+        (0, [("b", 1, 1)]),
+        (1, [("a", 2, 1)]),
+        (1, [("a", 3, 1)]),
+    ):
+        (group,) = planner.plan(batch, file)
+        told.append([(entry["id"], entry["number"]) for entry in group.new_requests])
+    (a, b) = told[0]
+    assert (a[0], b[0]) == ("a", "b") and told[1:] == [[], [a], []]
 
 
 wishes = st.sampled_from([None, "all", "none", "last", "generated", "prompt", {"positions": [0, 2, 3, 9]}])

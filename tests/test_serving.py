@@ -115,9 +115,9 @@ def test_files_rotate_by_time_if_they_hold_something(tmp_path: Path) -> None:
         model(tokens(1, 4))
         until(lambda: recorder.report.files == 2)
         first = files(tmp_path / "r")[0]
-        until(lambda: recorder.report.path != str(first) and not recorder._ending)
+        until(lambda: recorder.report.path != str(first) and not recorder._files.is_ending)
         for _ in range(5):
-            recorder._look()
+            recorder._files.look()
         assert recorder.report.files == 2
     assert files(tmp_path / "r") == [first]
 
@@ -179,7 +179,7 @@ def test_memory_threads_and_files_stay_flat(tmp_path: Path) -> None:
         def turn() -> None:
             model(ids)
             recorder.rotate()
-            until(lambda: not recorder._ending)
+            until(lambda: not recorder._files.is_ending)
 
         for _ in range(40):
             turn()
@@ -219,7 +219,7 @@ def test_memory_stays_flat_over_requests(tmp_path: Path) -> None:
                 thread.start()
             for thread in threads:
                 thread.join(300)
-            until(lambda: not recorder._ending)
+            until(lambda: not recorder._files.is_ending)
             sizes.append((process.memory_info().rss, process.num_threads(), process.num_fds()))
     report = recorder.report
     assert report.steps == 16_000 and report.failures == 0 and report.files > 10
@@ -312,7 +312,7 @@ def test_a_failure_switches_off_and_reaches_no_response(
     with caplog.at_level(logging.WARNING), monkeypatch.context() as patch:
         damage(patch, tmp_path / "r")
         until(lambda: torch.equal(model(ids), expected) and not recorder.active)
-        until(lambda: not recorder._ending and not recorder._is_capturing)
+        until(lambda: not recorder._files.is_ending and not recorder._is_capturing)
         assert torch.equal(model(ids), expected)
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("fx_instrument")]
     assert len(lines) == 1 and "switched off, responses are not affected" in lines[0] and says in lines[0]
@@ -404,7 +404,7 @@ def test_only_the_requests_that_ask(tmp_path: Path) -> None:
             await asyncio.gather(*(handle(length, asked=length % 2 == 1) for length in range(3, 9)))
 
         asyncio.run(main())
-        with pytest.raises(ValueError, match="not empty"), recorder.request(""):
+        with pytest.raises(ValueError, match="not all empty"), recorder.request(""):
             pass
     with open_stream(files(tmp_path / "r")[0]) as stream:
         lengths = [stream.inputs(step)["input_ids"].shape[1] for step in range(stream.num_steps)]
@@ -426,7 +426,7 @@ def test_the_oldest_files_go(tmp_path: Path) -> None:
         for _ in range(4):
             model(tokens(1, 4))
             recorder.rotate()
-            until(lambda: not recorder._ending)
+            until(lambda: not recorder._files.is_ending)
     assert [path.name[:6] for path in files(folder)] == ["000003", "000004", "000005", "notes."]
 
 
@@ -597,6 +597,17 @@ def test_rows_of_a_padded_batch() -> None:
         "b#1",
     ]
     assert request.runs({"input_ids": torch.ones(3, 1)}) == [] == request.runs({"attention_mask": mask})
+    filled = Request(("c", ""), 0.0)
+    assert [
+        (tag and tag.id, position, count)
+        for tag, position, count in filled.runs({"input_ids": ids, "attention_mask": mask})
+    ] == [(None, 0, 2), ("c", 0, 3), (None, 0, 5)]
+    assert [tag and tag.id for tag, _, _ in filled.runs({"input_ids": torch.ones(4, 1)})] == [
+        "c#0",
+        "c#1",
+        None,
+        None,
+    ]
     noted = tagged({}, first, set())
     assert noted[ROWS_INPUT][:, 0].tolist()[0] == NO_REQUEST and noted[ROWS_INPUT].shape == (4, 3)
 

@@ -30,7 +30,7 @@ def no_grad() -> Iterator[None]:
     "bad, says",
     [
         ({"max_total_bytes": 0}, "max_total_bytes must be greater than 0 or None, got 0"),
-        ({"rotate_s": 0}, "rotate_s must be greater than 0, got 0"),
+        ({"rotate_s": 0}, "rotate_s must be greater than 0 or None, got 0"),
         ({"min_free_bytes": -1}, "min_free_bytes must be 0 or more, got -1"),
         ({"max_stall_s": float("nan")}, "max_stall_s must be 0 or more, got nan"),
     ],
@@ -42,10 +42,13 @@ def test_bad_numbers(tmp_path: Path, bad: dict[str, Any], says: str) -> None:
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize("bad", ["", (), ("a", ""), ("a", 3)])
+@pytest.mark.parametrize("bad", ["", (), ("", ""), ("a", 3)])
 def test_bad_request_ids(tmp_path: Path, bad: Any) -> None:
     recorder = Recorder(instrumented()[1], tmp_path / "r", min_free_bytes=0)
-    with pytest.raises(ValueError, match="one or several strings that are not empty"), recorder.request(bad):
+    with (
+        pytest.raises(ValueError, match="one or several strings that are not all empty"),
+        recorder.request(bad),
+    ):
         pass
     recorder.close()
 
@@ -68,7 +71,7 @@ def test_a_folder_or_file_that_was_replaced(tmp_path: Path) -> None:
         (tmp_path / "r").mkdir(mode=0o700)
         until(lambda: not recorder.active)
         assert "was replaced by another" in str(recorder.report.last_failure)
-        until(lambda: not recorder._ending)
+        until(lambda: not recorder._files.is_ending)
         recorder.start()
         model(tokens(1, 4))
         (path,) = files(tmp_path / "r")
@@ -88,7 +91,7 @@ def test_a_next_file_that_can_not_be_made(tmp_path: Path, monkeypatch: pytest.Mo
     with Recorder(framework, tmp_path / "r", min_free_bytes=0) as recorder:
         (taken,) = files(tmp_path / "r")
         with monkeypatch.context() as patch:
-            patch.setattr(recorder._folder, "next_path", lambda: taken)
+            patch.setattr(recorder._files._folder, "next_path", lambda: taken)
             with pytest.raises(FileExistsError):
                 recorder.rotate()
         assert recorder.active and recorder.report.failures == 0
@@ -110,7 +113,7 @@ def test_calls_that_never_pause(tmp_path: Path) -> None:
         with pytest.raises(TimeoutError):
             recorder.start(timeout_s=0.0)
         assert not recorder.active
-    until(lambda: not recorder._ending)
+    until(lambda: not recorder._files.is_ending)
     recorder.start()
     model(tokens(1, 4))
     recorder.close()
@@ -138,7 +141,7 @@ def test_a_disk_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(TimeoutError, match=r"recover=True"):
         recorder.close(timeout_s=0.05)
     held.set()
-    recorder._thread.join(60)
+    recorder._files._thread.join(60)
     with open_stream(files(tmp_path / "r")[0]) as stream:
         assert stream.num_steps == 1
 

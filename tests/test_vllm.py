@@ -55,7 +55,7 @@ def test_parity_with_hugging_face(
     }
     found = run_engine(job, environment, tmp_path)
     (report,) = found["reports"]
-    assert report["failed"] is None and report["dropped_records"] == 0
+    assert report["last_failure"] is None and report["dropped_records"] == 0
     with open_stream(tmp_path / "out.stream") as stream:
         assert [site.name for site in stream.sites] == [
             f"model.layers.{layer}.{kind}" for layer in range(NUM_LAYERS) for kind in ("self_attn", "mlp")
@@ -195,13 +195,18 @@ def test_refusals_of_real_configurations(
     assert not (tmp_path / "out.stream").exists()
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
 @contextlib.contextmanager
 def openai_server(
     folder: Path, environment: Mapping[str, str], arguments: Sequence[str], log: Path
 ) -> Iterator[int]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     options = [
         "--host",
@@ -240,8 +245,14 @@ def openai_server(
             server.wait()
 
 
-def complete(port: int, prompt: str, wish: object = None) -> dict[str, Any]:
-    body = {"model": "small", "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+def complete(port: int, prompt: str, wish: object = None, *, max_tokens: int = 8) -> dict[str, Any]:
+    body = {
+        "model": "small",
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
     body["return_token_ids"] = True
     if wish is not None:
         body["vllm_xargs"] = {"fx_instrument": wish}
@@ -284,3 +295,91 @@ def test_openai_server(folder: Path, environment: dict[str, str], tmp_path: Path
         assert set(stream.requests) == set(asked)
         for request_id, (tokens, positions) in asked.items():
             check_rows(stream, hooks, request_id, tokens, positions)
+
+
+def test_openai_server_for_weeks(folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    """Files rotate under concurrent clients, counters are served, and an operator switches, by call and by file."""
+    recordings, port_of_metrics = tmp_path / "r", free_port()
+    arguments = server_arguments(
+        InstrumentationConfig(max_memory_gb=0.5),
+        recordings,
+        rotate_bytes=50_000,
+        min_free_bytes=0,
+        max_stall_s=5.0,
+        on_full="stall",
+        metrics_port=port_of_metrics,
+    )
+
+    def count(name: str) -> float:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port_of_metrics}/metrics", timeout=60) as response:
+            lines = response.read().decode().splitlines()
+        return float(next(line for line in lines if line.startswith(f"fx_instrument_{name} ")).split()[1])
+
+    def until(name: str, value: float) -> None:
+        for _ in range(600):
+            if count(name) == value:
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"{name} is {count(name)}, not {value}")
+
+    asked: dict[str, list[int]] = {}
+
+    def note(answer: dict[str, Any]) -> None:
+        choice = answer["choices"][0]
+        asked[f"{answer['id']}-0"] = (choice["prompt_token_ids"] + choice["token_ids"])[:-1]
+
+    # The development endpoint is there only where an operator asks for it.
+    development = {**environment, "VLLM_SERVER_DEV_MODE": "1"}
+    with openai_server(folder, development, arguments, tmp_path / "server.log") as port:
+
+        def call(method: str, *values: object) -> list[Any]:
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{port}/collective_rpc",
+                data=json.dumps({"method": method, "args": values}).encode(),
+                headers={"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=120) as response:
+                results: list[Any] = json.load(response)["results"]
+                return results
+
+        assert count("recording") == 1
+        plain = None
+        for _ in range(3):
+            with ThreadPoolExecutor(len(PROMPTS)) as clients:
+                answers = list(clients.map(lambda prompt: complete(port, prompt, max_tokens=128), PROMPTS))
+            texts = [answer["choices"][0]["text"] for answer in answers]
+            assert plain is None or texts == plain
+            plain = texts
+            for answer in answers:
+                note(answer)
+        assert call("switch_capture", False) == ["False"]
+        until("recording", 0)
+        assert plain[1].startswith(complete(port, PROMPTS[1])["choices"][0]["text"])
+        assert call("switch_capture", True) == ["True"]
+        note(complete(port, PROMPTS[1]))
+        (recordings / "off").touch()
+        until("recording", 0)
+        assert plain[2].startswith(complete(port, PROMPTS[2])["choices"][0]["text"])
+        (recordings / "off").unlink()
+        until("recording", 1)
+        note(complete(port, PROMPTS[2]))
+        (report,) = call("capture_report")
+        assert report["failures"] == report["dropped_records"] == report["refused_requests"] == 0
+        assert not report["paused"] and report["active"] and report["files"] > 6
+        until("steps_total", report["steps"])
+    paths = sorted(recordings.glob("*.stream"))
+    assert len(paths) > 6 and recordings.stat().st_mode & 0o077 == 0
+    with open_stream(recordings) as stream:
+        assert set(stream.requests) == set(asked) and stream.num_steps == report["steps"]
+        hooks = Hooks(folder, [site.name for site in stream.sites])
+        for request_id, tokens in asked.items():
+            # The second time the long prompt's blocks are cached, and spared.
+            cached = stream.request(request_id).num_cached_tokens
+            check_rows(stream, hooks, request_id, tokens, range(cached, len(tokens)))
+        assert sum(stream.request(request_id).num_cached_tokens == 0 for request_id in asked) >= len(PROMPTS)
+    # Each file has its index, and at least one request goes over several.
+    held = []
+    for path in paths:
+        with open_stream(path) as stream:
+            held += stream.requests
+    assert len(held) > len(set(held))

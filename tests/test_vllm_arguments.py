@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 import json
+import socket
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,8 @@ import torch
 
 from fx_instrument import HookConfig, HookGranularity, InstrumentationConfig, InstrumentationError
 from fx_instrument.integrations import vllm
-from fx_instrument.integrations.vllm import BACKEND, WorkerCapture, engine_arguments
+from fx_instrument.integrations.vllm import BACKEND, WorkerCapture, engine_arguments, server_arguments
+from fx_instrument.serving.rotation import FileLimits
 
 
 class CudaGraphs(enum.Enum):
@@ -137,6 +140,13 @@ def test_parts_of_the_arguments_alone(tmp_path: Path, monkeypatch: pytest.Monkey
         ({"on_full": "wait"}, ValueError, "on_full must be one of 'stall', 'drop', got 'wait'"),
         ({"max_stall_s": -1}, ValueError, "max_stall_s must be None or a number of seconds from 0, got -1"),
         ({"max_stall_s": "1"}, ValueError, "max_stall_s must be None or a number"),
+        ({"max_files": 3}, ValueError, "max_files can't hold for one file .* rotate_bytes or rotate_s"),
+        ({"min_free_bytes": 0, "max_total_bytes": 9}, ValueError, "max_total_bytes and min_free_bytes can't"),
+        ({"rotate_bytes": 0}, ValueError, "rotate_bytes must be greater than 0 or None, got 0"),
+        ({"rotate_s": 60, "max_files": -1}, ValueError, "max_files must be greater than 0 or None, got -1"),
+        ({"rotate_s": 60, "mode": "x"}, ValueError, "mode='x' is for one file"),
+        ({"rotate_s": 60, "output_path": __file__}, NotADirectoryError, "output_path is a folder, but"),
+        ({"metrics_port": 70_000}, ValueError, "metrics_port must be None or a port .*got 70000"),
         ({"output_path": "none/deeper/a.stream"}, FileNotFoundError, "the folder of output_path does not"),
     ],
 )
@@ -163,6 +173,75 @@ def test_the_plan_is_in_the_cache_key_and_the_path_is_not(tmp_path: Path) -> Non
     assert key(InstrumentationConfig(granularity=HookGranularity.MLP_ONLY)) != full
     globs = HookConfig(target_layers=["model.layers.0.*"])
     assert key(InstrumentationConfig(hook_config=globs)) != full
+
+
+def test_what_rotates(tmp_path: Path) -> None:
+    """Files that rotate drop by default and leave the disk 1 GiB; one file stalls and has no limits."""
+
+    def settings(**options: Any) -> dict[str, Any]:
+        arguments = server_arguments(InstrumentationConfig(), tmp_path / "r", **options)
+        found: dict[str, Any] = json.loads(arguments[arguments.index("--additional-config") + 1])
+        return found[vllm.KEY]
+
+    one = settings()
+    assert (one["on_full"], one["limits"], one["metrics"]) == ("stall", None, None)
+    many = settings(rotate_s=60.0, max_files=5, metrics_port=9400)
+    assert (many["on_full"], many["metrics"]) == ("drop", ["127.0.0.1", 9400])
+    assert many["limits"] == {
+        "rotate_bytes": None,
+        "rotate_s": 60.0,
+        "max_files": 5,
+        "max_total_bytes": None,
+        "min_free_bytes": 1 << 30,
+    }
+    assert settings(rotate_bytes=1 << 20, on_full="stall")["on_full"] == "stall"
+    capture = vllm._capture_of(engine(tmp_path / "r", {}, rotate_bytes=1 << 20, max_total_bytes=1 << 30))
+    assert capture._limits == FileLimits(rotate_bytes=1 << 20, max_total_bytes=1 << 30)
+
+
+@pytest.mark.parametrize("rotates", [False, True])
+def test_each_worker_has_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rotates: bool) -> None:
+    """The second of two workers has a file or folder of its own, and the next port; a port that is taken ends it."""
+    pytest.importorskip("prometheus_client")
+
+    class Engine:
+        def __init__(self, vllm_config: Any) -> None:
+            self.vllm_config = vllm_config
+            self.model_runner = SimpleNamespace(
+                get_model=lambda: torch.nn.ModuleDict({"mlp": torch.nn.Linear(2, 2)})
+            )
+
+        def load_model(self) -> None: ...
+
+    class Worker(WorkerCapture, Engine): ...
+
+    monkeypatch.setattr(vllm, "register", lambda: None)
+    monkeypatch.setattr(vllm, "_worker", None)
+    monkeypatch.setattr(vllm, "_place", lambda config: (1, 2))
+    monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "0")
+    limits = {"rotate_s": 60.0, "min_free_bytes": 0} if rotates else {}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options: dict[str, Any] = {"metrics_port": port - 1, **limits}
+    worker = Worker(engine(tmp_path / "a.stream", {}, **options))
+    worker.load_model()
+    assert worker.stores
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as response:
+        assert "fx_instrument_recording 1.0" in response.read().decode()
+    second = Worker(engine(tmp_path / "b.stream", {}, **options))
+    with pytest.raises(OSError, match=f"can't be served at 127.0.0.1:{port} .*name another metrics_port"):
+        second.load_model()
+    assert second.switch_capture(True) is False
+    assert worker.switch_capture("false") is False and worker.switch_capture("true") is True
+    with pytest.raises(ValueError, match="takes true or false, got 'no'"):
+        worker.switch_capture("no")
+    report = worker.finish_capture()
+    assert report is not None and report["failures"] == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == (
+        {"a.stream.rank1", "b.stream.rank1"} if rotates else {"a.rank1.stream", "b.rank1.stream"}
+    )
 
 
 def test_a_step_whose_batch_does_not_match(tmp_path: Path) -> None:
@@ -201,7 +280,7 @@ def test_a_step_whose_batch_does_not_match(tmp_path: Path) -> None:
         )
 
     assert worker.execute_model(step("a-00000000", "b-00000000")) == "tokens"
-    assert "holds 1 of 2 scheduled requests" in str(worker.capture.failed)
     assert worker.execute_model(step("c-00000000")) == "tokens"
     report = worker.finish_capture()
-    assert report is not None and report["records"] == 0
+    assert report is not None and report["records"] == 0 and report["failures"] == 1
+    assert "holds 1 of 2 scheduled requests" in report["last_failure"]

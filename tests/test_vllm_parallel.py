@@ -47,7 +47,7 @@ def test_a_tensor_parallel_group_stores_once(
     job["capture"] = {"route": "plugin"} if way == "plugin" else {}
     found = run_engine(job, environment, tmp_path)
     report, silent = found["reports"]
-    assert report["failed"] is None and report["dropped_records"] == 0 and silent is None
+    assert report["last_failure"] is None and report["dropped_records"] == 0 and silent is None
     assert [path.name for path in tmp_path.glob("*.stream")] == ["out.stream"]
     with open_stream(tmp_path / "out.stream") as stream:
         assert {site.name for site in stream.sites} == SITES

@@ -1,13 +1,15 @@
-"""A recorder's counters for Prometheus, through its client library (``pip install 'fx_instrument[serve]'``)."""
+"""Counters for Prometheus, through its client library (``pip install 'fx_instrument[serve]'``)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
+from prometheus_client import start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import REGISTRY, Collector, CollectorRegistry
 
-from ..serving import Recorder
+from ..serving import RecorderReport
 
 _COUNTERS = {
     "steps": "Forward calls of the model that were recorded",
@@ -19,8 +21,15 @@ _COUNTERS = {
     "stalled_seconds": "Seconds that forward calls waited for the buffer, over all threads",
     "eager_records": "Captured values of modules that ran outside compiled graphs",
     "files": "Files that were begun",
-    "failures": "How often a failure switched the recorder off",
+    "failures": "How often a failure switched recording off, or kept it off",
 }
+
+
+class Reporting(Protocol):
+    """A ``Recorder``, or what writes the files of an engine's capture."""
+
+    @property
+    def report(self) -> RecorderReport: ...
 
 
 class RecorderCollector(Collector):
@@ -36,7 +45,7 @@ class RecorderCollector(Collector):
         labels: fixed labels, to tell several recorders in one registry apart.
     """
 
-    def __init__(self, recorder: Recorder, labels: dict[str, str] | None = None) -> None:
+    def __init__(self, recorder: Reporting, labels: dict[str, str] | None = None) -> None:
         self._recorder = recorder
         self._names = tuple(labels or {})
         self._values = tuple((labels or {}).values())
@@ -54,8 +63,32 @@ class RecorderCollector(Collector):
         yield active
 
 
-def register(recorder: Recorder, registry: CollectorRegistry = REGISTRY, **labels: str) -> RecorderCollector:
+def register(recorder: Reporting, registry: CollectorRegistry = REGISTRY, **labels: str) -> RecorderCollector:
     """Have ``registry`` expose the counters of ``recorder``; the collector, for ``registry.unregister``."""
     collector = RecorderCollector(recorder, labels)
     registry.register(collector)
     return collector
+
+
+def serve(recorder: Reporting, port: int, address: str = "127.0.0.1", **labels: str) -> int:
+    """Serve the counters of ``recorder``, and no others, at ``http://address:port/metrics``, until the process ends.
+
+    Args:
+        port: 0 takes one that is free.
+
+    Returns:
+        The port.
+
+    Raises:
+        OSError: the port is taken, or the address is not this machine's.
+    """
+    registry = CollectorRegistry()
+    register(recorder, registry, **labels)
+    try:
+        server, _ = start_http_server(port, address, registry)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"metrics can't be served at {address}:{port} ({error.strerror}): name another metrics_port",
+        ) from error
+    return int(server.server_port)

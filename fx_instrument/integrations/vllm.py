@@ -12,28 +12,25 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ..config import HookConfig, HookGranularity, InstrumentationConfig
 from ..engine_capture import EngineCapture, Scheduled
 from ..errors import InstrumentationError, NoSitesError
-from ..version import __version__
+from ..serving.rotation import FileLimits
+from .vllm_arguments import BACKEND, KEY, WORKER, Route, engine_arguments, server_arguments
+
+__all__ = ["engine_arguments", "server_arguments"]
 
 log = logging.getLogger(__name__)
 
-KEY = "fx_instrument"
-"""Of vLLM's additional_config, and of a request's extra arguments."""
-BACKEND = f"{__name__}.backend"
-WORKER = f"{__name__}.CaptureWorker"
-SHUTDOWN_TIMEOUT_S = 30
 # vLLM's CPU platform compiles with these, but sets them only for a backend of its own.
 _CPU_OPTIONS = {
     "dce": True,
@@ -43,98 +40,6 @@ _CPU_OPTIONS = {
     "cpp.dynamic_threads": True,
 }
 _INTERNAL_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
-
-Route = Literal["official", "plugin"]
-
-
-def engine_arguments(
-    config: InstrumentationConfig,
-    output_path: str | os.PathLike[str],
-    *,
-    capture: Literal["all", "requested"] = "all",
-    route: Route = "official",
-    mode: Literal["w", "x"] = "w",
-    on_full: Literal["stall", "drop"] = "stall",
-    max_stall_s: float | None = None,
-) -> dict[str, Any]:
-    """What ``vllm.LLM(model, **...)``, ``AsyncEngineArgs`` or the server need so that the engine captures.
-
-    Args:
-        config: what to capture. SAMPLED_SLICES is refused: it samples whole values, which mix requests; so is
-            ``strict_numerics``: it runs graphs twice.
-        output_path: the stream file; with several workers (pipeline stages, data-parallel replicas) each writes
-            ``<stem>.rank<n><suffix>`` beside it. No request can change it.
-        capture: "all" stores every request that does not say otherwise, "requested" those that ask for it through
-            ``SamplingParams(extra_args={"fx_instrument": ...})``, in the OpenAI API ``vllm_xargs``. With "requested"
-            a second graph without captures runs the steps in which nobody asked.
-        route: "official" gives vLLM a compile backend for the whole graph; "plugin" rewrites in front of vLLM's own
-            backend and keeps its piecewise compilation and CUDA graphs.
-        mode: "w" replaces an existing file, "x" refuses one.
-        on_full: when the buffer is full, "stall" makes the step wait, "drop" counts the lost values.
-        max_stall_s: the longest that a step may wait before values are dropped, and counted; None waits.
-
-    Raises:
-        TypeError, ValueError: a bad argument.
-    """
-    if not isinstance(config, InstrumentationConfig):
-        raise TypeError(f"config must be an InstrumentationConfig, got {config!r}")
-    if config.granularity is HookGranularity.SAMPLED_SLICES:
-        raise ValueError(
-            "SAMPLED_SLICES samples whole values, and a server's hold rows of many requests: capture whole tensors "
-            "and let requests choose layers and positions"
-        )
-    if config.strict_numerics:
-        raise ValueError(
-            "strict_numerics runs a graph twice, and an engine's graph writes its key-value cache: leave it False; "
-            "capturing may round an engine's outputs otherwise in their last bits"
-        )
-    for name, value, allowed in (
-        ("capture", capture, ("all", "requested")),
-        ("route", route, ("official", "plugin")),
-        ("mode", mode, ("w", "x")),
-        ("on_full", on_full, ("stall", "drop")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    if max_stall_s is not None and not (isinstance(max_stall_s, (int, float)) and max_stall_s >= 0):
-        raise ValueError(f"max_stall_s must be None or a number of seconds from 0, got {max_stall_s!r}")
-    path = Path(output_path).absolute()
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"the folder of output_path does not exist: {path.parent}")
-    settings = {
-        "config": config.to_dict(),
-        "output_path": str(path),
-        "capture": capture,
-        "route": route,
-        "mode": mode,
-        "on_full": on_full,
-        "max_stall_s": max_stall_s,
-        "version": __version__,
-    }
-    compilation: dict[str, Any]
-    if route == "official":
-        compilation = {"mode": 2, "backend": BACKEND, "custom_ops": ["none"], "cudagraph_mode": "NONE"}
-    else:
-        # A full CUDA graph would replay past the point where values are taken.
-        compilation = {"mode": 3, "cudagraph_mode": "PIECEWISE"}
-    return {
-        "worker_cls": WORKER,
-        "compilation_config": compilation,
-        "additional_config": {KEY: settings},
-        # The engine's default is to kill its workers at once: what they hold for the file would be lost.
-        "shutdown_timeout": SHUTDOWN_TIMEOUT_S,
-    }
-
-
-def server_arguments(*args: Any, **kwargs: Any) -> list[str]:
-    """``engine_arguments`` as command-line arguments of ``vllm serve`` (``vllm.entrypoints.openai.api_server``)."""
-    arguments = engine_arguments(*args, **kwargs)
-    return [
-        *("--worker-cls", arguments["worker_cls"]),
-        *("--compilation-config", json.dumps(arguments["compilation_config"])),
-        *("--additional-config", json.dumps(arguments["additional_config"])),
-        *("--shutdown-timeout", str(arguments["shutdown_timeout"])),
-    ]
 
 
 def _graph_settings(additional_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,6 +117,7 @@ def _capture_of(vllm_config: Any) -> EngineCapture:
         _restore_piecewise(vllm_config)
     _check_supported(vllm_config, settings["route"])
     vllm_config.additional_config = _graph_settings(vllm_config.additional_config)
+    limits = settings["limits"]
     return EngineCapture(
         _config_of(settings["config"]),
         Path(settings["output_path"]),
@@ -220,6 +126,7 @@ def _capture_of(vllm_config: Any) -> EngineCapture:
         drop=settings["on_full"] == "drop",
         max_stall_s=settings["max_stall_s"],
         engine=f"vllm {settings['route']}",
+        limits=None if limits is None else FileLimits(**limits),
     )
 
 
@@ -230,6 +137,8 @@ class WorkerCapture:
     vllm_config: Any
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        # Taken before they are reduced to what vLLM's compile cache should know.
+        self._metrics = ((vllm_config.additional_config or {}).get(KEY) or {}).get("metrics")
         self.capture = _capture_of(vllm_config)
         self.stores = False
         """Whether this worker writes a file: the first rank of each tensor-parallel group does."""
@@ -247,8 +156,7 @@ class WorkerCapture:
             return
         rank, world = place
         if world > 1:
-            path = self.capture.path
-            self.capture.path = path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
+            self.capture.take_rank(rank)
         try:
             self.capture.attach(self.model_runner.get_model(), rank, world)
         except NoSitesError:
@@ -257,6 +165,19 @@ class WorkerCapture:
             log.warning("this pipeline stage has none of the chosen sites: it captures nothing")
             return
         self.stores = True
+        if self._metrics is not None:
+            address, port = self._metrics
+            self._serve_metrics(address, port + rank)
+
+    def _serve_metrics(self, address: str, port: int) -> None:
+        # Imported only when asked for: an extra of this package, which vLLM happens to bring.
+        prometheus = importlib.import_module("fx_instrument.integrations.prometheus")
+        assert self.capture.files is not None
+        try:
+            prometheus.serve(self.capture.files, port, address)
+        except OSError:
+            self.capture.close()
+            raise
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()  # type: ignore[misc]
@@ -268,7 +189,7 @@ class WorkerCapture:
 
     def execute_model(self, scheduler_output: Any) -> Any:
         capture = self.capture
-        scheduled = self._begin_step(scheduler_output) if capture.is_capturing else {}
+        scheduled = self._begin_step(scheduler_output) if capture.is_following else {}
         if not scheduled or not capture.arm(scheduled.values()):
             return super().execute_model(scheduler_output)  # type: ignore[misc]
         try:
@@ -284,7 +205,7 @@ class WorkerCapture:
                     f"vLLM's batch holds {len(order)} of {len(scheduled)} scheduled requests"
                 )
         except Exception as error:
-            capture.switch_off(error)
+            capture.give_up(error)
         else:
             capture.store(order, token_ids)
         return output
@@ -315,17 +236,30 @@ class WorkerCapture:
         self.capture.close()
         return self.capture.report()
 
-    def switch_capture(self, on: bool) -> bool:
+    def switch_capture(self, on: bool | str) -> bool:
         """Store nothing from the next step on, or go on: ``llm.collective_rpc("switch_capture", args=(False,))``.
 
+        Where files rotate, off ends the file and on begins the next one, also after a failure.
+
+        Args:
+            on: or "true" or "false", as vLLM's HTTP endpoint for such calls promises to pass text only.
+
         Returns:
-            Whether this worker stores now; False as well where another rank does, or after a failure.
+            Whether this worker stores now; False as well where another rank does, and after a failure that is still
+            there or that ended a single file.
         """
-        self.capture.paused = not on
-        return bool(on) and self.capture.is_capturing
+        if isinstance(on, str):
+            if on.lower() not in ("true", "false"):
+                raise ValueError(f"switch_capture takes true or false, got {on!r}")
+            on = on.lower() == "true"
+        return self.capture.switch(bool(on))
 
     def capture_report(self) -> dict[str, Any] | None:
-        """What this worker captured so far; None where another rank stores."""
+        """What this worker captured so far; None where another rank stores.
+
+        Its keys are the fields of ``RecorderReport`` (``active``, ``files``, ``failures``, ``last_failure``, ``path``
+        and the counts), ``paused`` (switched off by hand) and ``refused_requests`` (whose argument was bad).
+        """
         return self.capture.report()
 
 

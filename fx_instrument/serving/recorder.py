@@ -5,22 +5,22 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 
+from ..capture.session import Session
 from ..capture_block import open_session
 from ..errors import CaptureActiveError, InstrumentationError
 from ..framework import InstrumentationFramework
-from .folder import RecordingFolder
-from .report import RecorderReport, RecorderTotals
-from .router import Lane, Router
+from .report import RecorderReport
+from .rotation import MIN_FREE_BYTES, FileLimits, RotatingFiles
+from .router import Router
 from .tags import Request, RowSource, in_request
 
 log = logging.getLogger(__name__)
 
-_POLL_S = 0.2
 _DOOR_S = 0.05
 """How long one try to switch between the compiled variants keeps new forward calls waiting, at least."""
 
@@ -37,8 +37,8 @@ class Recorder:
         framework: has an instrumented model; no other capture of it can be open while the recorder is on.
         folder: where the files go; made private to this user, and owned by one recorder at a time. Each process of
             a server needs one of its own.
-        rotate_bytes: a file that is larger is ended and the next one begun.
-        rotate_s: so is one that has records and is older, in seconds.
+        rotate_bytes: a file that is larger is ended and the next one begun; None never does.
+        rotate_s: so is one that has records and is older, in seconds; None never is.
         max_files: how many files are kept, the oldest are deleted; None keeps all. Files that were in the folder
             before count, and are deleted, too.
         max_total_bytes: how many bytes of files are kept, likewise.
@@ -55,71 +55,52 @@ class Recorder:
         framework: InstrumentationFramework,
         folder: str | os.PathLike[str],
         *,
-        rotate_bytes: int = 1 << 30,
-        rotate_s: float = 3600.0,
+        rotate_bytes: int | None = 1 << 30,
+        rotate_s: float | None = 3600.0,
         max_files: int | None = None,
         max_total_bytes: int | None = None,
         requests_only: bool = False,
         max_stall_s: float = 0.0,
-        min_free_bytes: int = 1 << 30,
+        min_free_bytes: int = MIN_FREE_BYTES,
     ) -> None:
-        for name, value in (("max_files", max_files), ("max_total_bytes", max_total_bytes)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be greater than 0 or None, got {value!r}")
-        for name, number in (("rotate_bytes", rotate_bytes), ("rotate_s", rotate_s)):
-            if not number > 0:
-                raise ValueError(f"{name} must be greater than 0, got {number!r}")
-        for name, number in (("max_stall_s", max_stall_s), ("min_free_bytes", min_free_bytes)):
-            if not number >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {number!r}")
-        self._framework = framework
-        self._rotate_bytes = rotate_bytes
-        self._rotate_s = rotate_s
-        self._max_stall_s = float(max_stall_s)
-        self._min_free_bytes = min_free_bytes
-        self._folder = RecordingFolder(folder, max_files=max_files, max_bytes=max_total_bytes)
-        self._router = Router(
-            requests_only=requests_only, max_stall_s=self._max_stall_s, on_error=self._on_error
+        if not max_stall_s >= 0:
+            raise ValueError(f"max_stall_s must be 0 or more, got {max_stall_s!r}")
+        limits = FileLimits(
+            rotate_bytes=rotate_bytes,
+            rotate_s=rotate_s,
+            max_files=max_files,
+            max_total_bytes=max_total_bytes,
+            min_free_bytes=min_free_bytes,
         )
-        self._control = threading.RLock()  # start, stop, rotate and what the thread decides, one at a time
-        self._changed = threading.Condition()  # guards what follows, waited on until a file is ended
-        self._ended = RecorderTotals()
-        self._ending: list[Lane] = []
-        self._errors: list[tuple[Lane, BaseException]] = []
-        self._files = self._failures = 0
-        self._last_failure: str | None = None
+        self._framework = framework
+        self._max_stall_s = float(max_stall_s)
         self._is_capturing = False
         self._closed = False
-        self._wake = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="fx_instrument-recorder", daemon=True)
-        self._thread.start()
+        self._files = RotatingFiles(
+            folder,
+            limits,
+            open_session=self._open_session,
+            again="Recorder.start()",
+            check=lambda: framework._attached("Recorder").check_unchanged(),
+            tend=self._leave_variant,
+        )
+        self._router = Router(self._files, requests_only=requests_only, max_stall_s=self._max_stall_s)
 
     # -- what the server calls ----------------------------------------------------------------------------------
 
     @property
     def folder(self) -> str:
-        return str(self._folder.path)
+        return str(self._files.folder)
 
     @property
     def active(self) -> bool:
         """Whether forward calls are recorded now."""
-        return self._router.lane is not None
+        return self._files.lane is not None
 
     @property
     def report(self) -> RecorderReport:
         """What was recorded so far, over all files."""
-        with self._changed:
-            lane = self._router.lane
-            lanes = {id(one): one for one in (*self._ending, *((lane,) if lane is not None else ()))}
-            totals = self._ended.plus(one.session.report for one in lanes.values())
-            return RecorderReport(
-                **vars(totals),
-                active=lane is not None,
-                files=self._files,
-                failures=self._failures,
-                last_failure=self._last_failure,
-                path=str(lane.path) if lane is not None else None,
-            )
+        return self._files.report
 
     def start(self, *, warm_up: Callable[[], object] | None = None, timeout_s: float = 30.0) -> None:
         """Begin a file and record from now on; does nothing if that is so already.
@@ -139,9 +120,9 @@ class Recorder:
             TimeoutError: forward calls never paused, or the file before is still being ended.
         """
         # Before taking the lock, which the thread that ends files needs too.
-        if not self.active and not self._wait_ended(timeout_s):
-            raise TimeoutError(f"the file before was not ended within {timeout_s:g} s: its disk may hang")
-        with self._control:
+        if not self.active:
+            self._files.wait_ended(timeout_s)
+        with self._files.control:
             self._check_open()
             if self.active:
                 return
@@ -152,8 +133,7 @@ class Recorder:
             attachment.check_unchanged()
             if warm_up is not None and not self._is_capturing:
                 warm_up()
-            self._folder.open_again()
-            lane = self._begin()
+            lane = self._files.begin(open_folder=True)
             try:
                 if not self._is_capturing:
                     framework._capture = self
@@ -161,11 +141,11 @@ class Recorder:
                 if warm_up is not None:
                     warm_up()
             except BaseException:
-                self._retire(lane)
+                self._files.retire(lane)
                 if not self._is_capturing:
                     framework._capture = None
                 raise
-            self._router.replace(lane)
+            self._files.replace(lane)
             log.info("activation recording switched on: %s", lane.path)
 
     def stop(self, *, timeout_s: float = 30.0) -> bool:
@@ -174,13 +154,12 @@ class Recorder:
         Returns:
             True once both are done; False if they were not within ``timeout_s`` seconds, and go on in the background.
         """
-        with self._control:
-            lane = self._router.replace(None)
-            if lane is not None:
-                self._retire(lane)
-                log.info("activation recording switched off")
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._ending and not self._is_capturing, timeout_s)
+        files = self._files
+        if self.active:
+            files.stop()
+            log.info("activation recording switched off")
+        with files.changed:
+            return files.changed.wait_for(lambda: not (files.is_ending or self._is_capturing), timeout_s)
 
     def rotate(self) -> None:
         """End the file and begin the next one now; forward calls in flight finish in the old one.
@@ -189,28 +168,27 @@ class Recorder:
             InstrumentationError: the recorder is off.
             OSError: the next file can't be created; the recorder goes on with the old one.
         """
-        with self._control:
+        with self._files.control:
             if not self.active:
                 raise InstrumentationError("the recorder is off: start() begins a file")
-            before = self._router.replace(self._begin())
-            if before is not None:
-                self._retire(before)
+            self._files.rotate()
 
     @contextlib.contextmanager
     def request(self, request_id: str | Sequence[str]) -> Iterator[None]:
         """Forward calls inside belong to this request: they are recorded (``requests_only``) and share its stall.
 
         Their rows are stored with the id and their token positions, so that ``open_stream(folder).request(id)`` finds
-        them. Of a batch that serves several requests, give the ids in the order of the batch rows; padding, as the
-        attention mask has it, belongs to none. The id is stored as it is, and never part of a path.
+        them. Of a batch that serves several requests, give the ids in the order of the batch rows, and "" for rows
+        that only fill the batch; padding, as the attention mask has it, belongs to none. The id is stored as it is,
+        and never part of a path.
 
         What is inside may run in another thread, if that was given this context, as ``asyncio.to_thread`` and
         Starlette's thread pool do. Costs nothing while the recorder is off.
         """
         ids = (request_id,) if isinstance(request_id, str) else tuple(request_id)
-        if not ids or not all(isinstance(one, str) and one for one in ids):
+        if not any(ids) or not all(isinstance(one, str) for one in ids):
             raise ValueError(
-                f"request_id must be one or several strings that are not empty, got {request_id!r}"
+                f"request_id must be one or several strings that are not all empty, got {request_id!r}"
             )
         with in_request(Request(ids, self._max_stall_s)):
             yield
@@ -235,13 +213,10 @@ class Recorder:
             return
         done = self.stop(timeout_s=timeout_s)
         self._closed = True
-        self._wake.set()
-        self._thread.join(timeout_s if done else 0)
-        self._folder.close()
+        self._files.close(timeout_s=timeout_s if done else 0)
         if not done:
             raise TimeoutError(
-                f"the last file in {self.folder} was not ended within {timeout_s:g} s; what was written is readable "
-                f"with recover=True"
+                f"forward calls did not pause within {timeout_s:g} s: their variant is left later"
             )
 
     def __enter__(self) -> Recorder:
@@ -253,138 +228,28 @@ class Recorder:
     ) -> None:
         self.close()
 
-    # -- files --------------------------------------------------------------------------------------------------
+    # -- files and variants -------------------------------------------------------------------------------------
 
-    def _begin(self) -> Lane:
-        self._folder.check_there()
-        self._check_room()
-        lane = Lane(self._folder.next_path())
+    def _open_session(self, path: Path) -> Session:
         framework = self._framework
-        lane.session = open_session(
+        return open_session(
             framework,
-            lane.path,
+            path,
             mode="x",
             on_full="stall" if self._max_stall_s else "drop",
+            # The other half is the file's that is being ended.
             max_memory_bytes=framework.config.max_memory_bytes // 2,
             patience=self._router.patience,
         )
-        lane.inode = lane.path.stat().st_ino
-        with self._changed:
-            self._files += 1
-        return lane
 
-    def _retire(self, lane: Lane) -> None:
-        with self._changed:
-            self._ending.append(lane)
-        self._wake.set()
-
-    def _end(self, lane: Lane) -> None:
-        """Write what is left of a file and its index; runs in the recorder's thread."""
-        failure: BaseException | None = None
-        try:
-            lane.session.close()
-        except Exception as error:
-            failure = error
-        report = lane.session.report
-        with self._changed:
-            self._ended = self._ended.plus([report])
-            self._ending.remove(lane)
-            self._changed.notify_all()
-        if failure is not None and not lane.failed:
-            self._switch_off(lane, failure)
-        try:
-            if report.records == 0 and failure is None:
-                lane.path.unlink(missing_ok=True)
-            for path in self._folder.prune(keep=lane.path):
-                log.info("deleted %s, the oldest recording", path)
-        except OSError as error:
-            log.warning("the recordings in %s could not be tidied: %s", self.folder, error)
-
-    def _check_room(self) -> None:
-        free = self._folder.free_bytes()
-        if free < self._min_free_bytes:
-            raise OSError(f"{free} bytes are free in {self.folder}, min_free_bytes is {self._min_free_bytes}")
-
-    def _wait_ended(self, timeout_s: float) -> bool:
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._ending, timeout_s)
-
-    # -- failures -----------------------------------------------------------------------------------------------
-
-    def _on_error(self, lane: Lane, error: BaseException) -> None:
-        """Called from the model's threads: record no more, and leave the rest to the recorder's thread."""
-        with self._changed:
-            self._errors.append((lane, error))
-        self._wake.set()
-
-    def _switch_off(self, lane: Lane, reason: BaseException) -> None:
-        with self._control:
-            current = self._router.replace(None)
-            if current is not None:
-                self._retire(current)
-            elif lane.failed:
-                return
-            for failed in (lane, current or lane):
-                failed.failed = True
-            with self._changed:
-                self._failures += 1
-                self._last_failure = f"{type(reason).__name__}: {reason}"
-            log.error(
-                "activation recording switched off, responses are not affected: %s: %s (file %s, %d records); "
-                "Recorder.start() switches it on again",
-                type(reason).__name__,
-                reason,
-                lane.path,
-                lane.session.report.records,
-            )
-
-    def _check_file(self, lane: Lane) -> None:
-        """Raise what stands against writing on."""
-        self._folder.check_there()
-        lane.check()
-        self._check_room()
-        self._framework._attached("Recorder").check_unchanged()
-
-    # -- the recorder's thread ----------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        while not self._closed or self._ending or self._is_capturing:
-            self._wake.wait(_POLL_S)
-            self._wake.clear()
-            try:
-                self._look()
-            except Exception:
-                log.exception("the recorder's thread goes on after an error of its own")
-
-    def _look(self) -> None:
-        with self._changed:
-            errors, self._errors = self._errors, []
-        for lane, error in errors:
-            self._switch_off(lane, error)
-        with self._control:
-            current = self._router.lane
-            if current is not None:
-                try:
-                    self._check_file(current)
-                    if self._is_due(current):
-                        self.rotate()
-                except Exception as error:
-                    self._switch_off(current, error)
-        for lane in list(self._ending):
-            if lane.in_flight == 0:
-                self._end(lane)
-        with self._control:
+    def _leave_variant(self) -> bool:
+        """Have the model run its idle variant again once nothing is recorded; whether it does."""
+        with self._files.control:
             if self._is_capturing and not self.active:
                 with contextlib.suppress(TimeoutError):
                     self._switch(False, 0.0)
                     self._framework._capture = None
-
-    def _is_due(self, lane: Lane) -> bool:
-        report = lane.session.report
-        # One file may be on its way out at a time: that is what the memory bound is divided by.
-        if not report.records or self._ending:
-            return False
-        return report.stored_bytes >= self._rotate_bytes or time.monotonic() - lane.began_s >= self._rotate_s
+            return not self._is_capturing
 
     def _switch(self, capturing: bool, timeout_s: float) -> None:
         """Change between the model's two variants at a moment without forward calls.
@@ -408,9 +273,9 @@ class Recorder:
                 if time.monotonic() >= deadline_s:
                     raise
                 time.sleep(door_s)
-        with self._changed:
+        with self._files.changed:
             self._is_capturing = capturing
-            self._changed.notify_all()
+            self._files.changed.notify_all()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -5,46 +5,17 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..capture.session import Session
-from ..errors import InstrumentationError
 from ..graph.marker import Cut
 from ..graph.sites import Site
-from ..stream.files import check_in_place
+from .lane import Lane
+from .rotation import RotatingFiles
 from .tags import Request, RowSource, SourcedRows, current_request, tagged
-
-_SILENT_STEPS = 100
-"""After so many forward calls without a single value something is wrong: an empty file would grow in silence."""
-
-
-class Lane:
-    """One file that is being written, and how many forward calls are on their way into it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.inode = -1
-        self.began_s = time.monotonic()
-        self.in_flight = 0
-        self.failed = False
-        self.introduced: set[int] = set()  # numbers of the requests that the file has named
-        self.session: Session
-
-    def check(self) -> None:
-        """Raise what stands against writing on: a failure, a file that is gone, or nothing to write."""
-        if self.session.failure is not None:
-            raise self.session.failure
-        check_in_place(self.path, self.inode)
-        report = self.session.report
-        if report.steps > _SILENT_STEPS and not (report.records or report.dropped_records):
-            raise InstrumentationError(
-                f"{report.steps} forward calls have delivered no value of any site: the model runs past the capture"
-            )
 
 
 @dataclass
@@ -66,35 +37,21 @@ class _Mine(threading.local):
 class Router:
     """A sink whose file can change at any moment, without waiting for a call and without one seeing two files.
 
-    An exception of the capture goes to ``on_error`` with its lane and never into the forward call.
+    An exception of the capture ends the recording and never gets into the forward call.
 
     Args:
+        files: where values go.
         requests_only: record the forward calls inside ``in_request`` only.
         max_stall_s: how long a request, or a forward call outside of one, may be held up in all.
-        on_error: called from the model's threads.
     """
 
-    def __init__(
-        self, *, requests_only: bool, max_stall_s: float, on_error: Callable[[Lane, BaseException], None]
-    ) -> None:
+    def __init__(self, files: RotatingFiles, *, requests_only: bool, max_stall_s: float) -> None:
+        self._files = files
         self._requests_only = requests_only
         self._max_stall_s = max_stall_s
-        self._on_error = on_error
         self._sourced: SourcedRows | None = None
-        self._lock = threading.Lock()
-        self._lane: Lane | None = None
+        self._lock = threading.Lock()  # which requests a file has named
         self._mine = _Mine()
-
-    @property
-    def lane(self) -> Lane | None:
-        """Where new forward calls are recorded."""
-        return self._lane
-
-    def replace(self, lane: Lane | None) -> Lane | None:
-        """Record new forward calls in ``lane``; the lane before, where calls may still be in flight."""
-        with self._lock:
-            before, self._lane = self._lane, lane
-        return before
 
     def set_row_source(self, source: RowSource | None) -> None:
         """Ask ``source`` whose rows a forward call outside ``in_request`` computes."""
@@ -118,7 +75,7 @@ class Router:
         mine.patience_s = self._max_stall_s
         if request is None and self._requests_only:
             return
-        lane = mine.lane = self._enter()
+        lane = mine.lane = self._files.enter()
         if lane is not None:
             with self._shielded(lane):
                 self._begin(lane, inputs, request)
@@ -145,7 +102,7 @@ class Router:
         if lane is not None:
             with self._shielded(lane):
                 lane.session.end_step()
-            self._leave(lane)
+            self._files.leave(lane)
 
     def reserve(
         self,
@@ -161,7 +118,7 @@ class Router:
         with self._shielded(lane):
             inner = lane.session.reserve(sites, num_bytes, device=device, replays=replays)
             return _Ticket(lane, inner)
-        self._leave(lane)
+        self._files.leave(lane)
         return None
 
     def deliver(
@@ -175,29 +132,22 @@ class Router:
         if ticket is not None:
             with self._shielded(ticket.lane):
                 ticket.lane.session.deliver(ticket.inner, sites, values, full_shapes, cuts)
-            self._leave(ticket.lane)
+            self._files.leave(ticket.lane)
 
     def cancel(self, ticket: _Ticket | None) -> None:
         if ticket is not None:
             with self._shielded(ticket.lane):
                 ticket.lane.session.cancel(ticket.inner)
-            self._leave(ticket.lane)
+            self._files.leave(ticket.lane)
 
     def record_eager(self, site: Site, value: torch.Tensor) -> None:
         lane = self._enter_again()
         if lane is not None:
             with self._shielded(lane):
                 lane.session.record_eager(site, value)
-            self._leave(lane)
+            self._files.leave(lane)
 
     # -- lanes --------------------------------------------------------------------------------------------------
-
-    def _enter(self) -> Lane | None:
-        with self._lock:
-            lane = self._lane
-            if lane is not None:
-                lane.in_flight += 1
-            return lane
 
     def _enter_again(self) -> Lane | None:
         """The lane of this thread's forward call; outside of one (T5's encoder in ``generate``) the current lane."""
@@ -207,15 +157,10 @@ class Router:
             if mine.request is None and self._requests_only:
                 return None
             mine.patience_s = self._max_stall_s
-            return self._enter()
+            return self._files.enter()
         if mine.lane is not None:
-            with self._lock:
-                mine.lane.in_flight += 1
+            self._files.enter_again(mine.lane)
         return mine.lane
-
-    def _leave(self, lane: Lane) -> None:
-        with self._lock:
-            lane.in_flight -= 1
 
     @contextlib.contextmanager
     def _shielded(self, lane: Lane) -> Iterator[None]:
@@ -224,7 +169,7 @@ class Router:
         try:
             yield
         except Exception as error:
-            self._on_error(lane, error)
+            self._files.fail(lane, error)
         finally:
             mine, spent_s = self._mine, time.perf_counter() - started_s
             if mine.request is not None:

@@ -67,8 +67,8 @@ class Request:
     def runs(self, inputs: Mapping[str, torch.Tensor]) -> list[tuple[Tag | None, int, int]]:
         """Whose rows the forward call with these inputs computes; empty where its inputs don't tell.
 
-        The batch rows are those of the ids. Several rows of one id (beams, or a batch in one request) are told apart
-        as ``id#0``, ``id#1``, ...
+        The batch rows are those of the ids, and nobody's where the id is "". Several rows of one id (beams, or a batch
+        in one request) are told apart as ``id#0``, ``id#1``, ...
         """
         tokens = inputs.get(TOKENS_INPUT)
         if tokens is None or tokens.dim() != 2 or "decoder_input_ids" in inputs:
@@ -77,7 +77,9 @@ class Request:
         if batch % len(self.ids):
             return []
         each = batch // len(self.ids)
-        names = self.ids if each == 1 else [f"{one}#{index}" for one in self.ids for index in range(each)]
+        names = (
+            self.ids if each == 1 else [one and f"{one}#{index}" for one in self.ids for index in range(each)]
+        )
         mask = inputs.get("attention_mask")
         if mask is not None and mask.dim() == 2 and len(mask) == batch and mask.shape[1] >= length:
             # One sequence alone is not padded; several are looked at, which makes the host wait for an accelerator.
@@ -90,6 +92,9 @@ class Request:
         found: list[tuple[Tag | None, int, int]] = []
         with self._lock:
             for row, name in enumerate(names):
+                if not name:
+                    found.append((None, 0, length))
+                    continue
                 left, right = _padding(mask[row]) if mask is not None else (0, 0)
                 count = length - left - right
                 tag = self._tags.setdefault(name, Tag(name))
