@@ -128,6 +128,31 @@ def test_fastapi_example(eager: Eager, tmp_path: Path) -> None:
             assert stream.request(request_id).num_prompt_tokens == len(prompt)
 
 
+def test_litserve_example(eager: Eager, tmp_path: Path) -> None:
+    """Alone and in batches: the answers of the model without capture, rows of all sites, and nothing compiled late."""
+    pytest.importorskip("litserve")
+    from test_serve_litserve import ask, serving
+
+    with serving(tmp_path, None, timeout_s=1500) as (url, log):
+        compiled = log.read_text().count("Recompiling function")
+        answers = [(PROMPTS[0], ask(url, PROMPTS[0]))]
+        for _ in range(2):
+            with ThreadPoolExecutor(len(PROMPTS)) as pool:
+                answers += zip(PROMPTS, pool.map(functools.partial(ask, url), PROMPTS), strict=True)
+        answers.append((PROMPTS[-1], ask(url, PROMPTS[-1])))
+        assert log.read_text().count("Recompiling function") == compiled
+    # Of each variant: prefill, the first decode step, and the later ones, whose cache is laid out otherwise.
+    assert compiled == 2 * 2
+    (worker,) = (tmp_path / "r").iterdir()
+    with open_stream(worker, recover=True) as stream:
+        assert set(stream.requests) == {answer["id"] for _, answer in answers}
+        for prompt, answer in answers:
+            assert answer["text"] == eager.answer(prompt)
+            tokens = eager.tokenizer(prompt)["input_ids"]
+            assert eager.check(stream, answer["id"], tokens, answer["text"]) == 0
+            assert stream.request(answer["id"]).num_prompt_tokens == len(tokens)
+
+
 @pytest.mark.parametrize("continuous", [False, True], ids=["one by one", "continuous batching"])
 def test_transformers_serve(
     eager: Eager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, continuous: bool

@@ -4,6 +4,9 @@
     python serve_litserve.py
 
 A forward call is recorded whole, so with batching either all requests are recorded or none: this one records all.
+
+No request waits for a compiler: every batch has the same number of rows and some padding, so that what the warm-up
+compiled serves them all. Otherwise torch compiles apart a batch of one, and transformers drops a mask without padding.
 """
 
 from __future__ import annotations
@@ -53,7 +56,10 @@ class RecordedLLM(ls.LitAPI):
         self.recorder = Recorder(
             framework, folder / f"worker-{os.getpid()}", rotate_s=self.rotate_s, max_total_bytes=10 << 30
         )
-        self.recorder.start(warm_up=lambda: self.generate(["Hello there", "Hi"], 3))
+        # Longer than the batch has rows, as torch takes sizes for one that are equal while it compiles.
+        warm_up = "Hello there " * self.max_batch_size
+        # Three tokens: prefill leaves the cache in another layout than decoding does, which takes a third graph.
+        self.recorder.start(warm_up=lambda: self.generate([warm_up], 3))
         # LitServe ends its workers with SIGTERM: let the last file have its index.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         multiprocessing.util.Finalize(None, self.recorder.close, exitpriority=10)
@@ -64,7 +70,8 @@ class RecordedLLM(ls.LitAPI):
 
     def predict(self, batch: list[dict[str, str]]) -> list[dict[str, str]]:
         ids = [one["id"] for one in batch]
-        with self.recorder.request(ids):
+        # Rows that fill the batch are nobody's.
+        with self.recorder.request(ids + [""] * (self.max_batch_size - len(ids))):
             texts = self.generate([one["prompt"] for one in batch], 6)
         return [{"text": text, "id": one} for text, one in zip(texts, ids, strict=True)]
 
@@ -72,12 +79,14 @@ class RecordedLLM(ls.LitAPI):
         return output
 
     def generate(self, prompts: list[str], new_tokens: int) -> list[str]:
-        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True).to(self.model.device)
+        rows = prompts + prompts[-1:] * (self.max_batch_size - len(prompts))
+        length = max(2, 1 + max(map(len, self.tokenizer(rows)["input_ids"])))
+        padding = {"padding": "max_length", "max_length": length, "return_tensors": "pt"}
+        inputs = self.tokenizer(rows, **padding).to(self.model.device)
         with torch.inference_mode():
             ids = self.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-        return list(
-            self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        )
+        texts = self.tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True)
+        return list(texts[: len(prompts)])
 
 
 def main() -> None:
