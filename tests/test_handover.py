@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fx_instrument.capture.handover import Delivery, Handover
-from fx_instrument.capture.packing import Packer
+from fx_instrument.capture.packing import Packer, join
 from fx_instrument.capture.transfer import host_bytes
 
 
@@ -98,14 +98,15 @@ def test_packed_bytes_are_those_of_the_values(
         rows.append((site, call, shape))
     num_bytes = sum(value.nbytes for value in values)
     for _ in range(2):
-        packed = packer.pack([row[0] for row in rows], [row[1] for row in rows], values, None, num_bytes)
+        plan = packer.plan([row[0] for row in rows], [row[1] for row in rows], values, None)
         if not num_bytes:
-            assert packed is None
+            assert plan is None
             return
-        assert packed is not None
+        assert plan is not None
         order = sorted(range(len(rows)), key=lambda index: rows[index][:2])
-        assert packed[0] == ("float32", [(*rows[index][:2], (rows[index][2], None)) for index in order])
-        assert packed[1].tobytes() == b"".join(host_bytes(values[index]).tobytes() for index in order)
+        assert plan.layout == ("float32", [(*rows[index][:2], (rows[index][2], None)) for index in order])
+        expected = b"".join(host_bytes(values[index]).tobytes() for index in order)
+        assert [pack.tobytes() for pack in join([(plan, values)] * 3)] == [expected] * 3
 
 
 @pytest.mark.parametrize(
@@ -124,8 +125,7 @@ def test_other_values_go_one_by_one(values: list[torch.Tensor]) -> None:
     """A single value, mixed or unusual dtypes, large ones, and more than there is room for are not packed."""
     packer = Packer(layout, 1 << 20)
     count = len(values)
-    num_bytes = sum(value.nbytes for value in values)
-    assert packer.pack(list(range(count)), [0] * count, values, None, num_bytes) is None
+    assert packer.plan(list(range(count)), [0] * count, values, None) is None
 
 
 def test_sampled_values_keep_their_full_shapes() -> None:
@@ -133,5 +133,5 @@ def test_sampled_values_keep_their_full_shapes() -> None:
     packer = Packer(layout, 1 << 20)
     values = [torch.ones(3), torch.ones(3)]
     for full in ((10, 3), (30,)):
-        packed = packer.pack([0, 1], [0, 0], values, [full, full], 24)
-        assert packed is not None and packed[0][1] == [(0, 0, ((3,), full)), (1, 0, ((3,), full))]
+        plan = packer.plan([0, 1], [0, 0], values, [full, full])
+        assert plan is not None and plan.layout[1] == [(0, 0, ((3,), full)), (1, 0, ((3,), full))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 
 from .budget import HostBudget
 from .handover import Cut, Delivery, Handover
-from .packing import Packer
+from .packing import Packer, Plan, join
 from .pinned import Room
 from .transfer import host_bytes
 
@@ -21,6 +22,8 @@ from .transfer import host_bytes
 RECORD_OVERHEAD_BYTES = 1024
 SEAL_AFTER_S = 0.5
 _TICK_S = SEAL_AFTER_S / 4
+_GROUP_BYTES = 1 << 20
+"""The most that graph runs of small values, copied together, may have; a quarter of what packs may take at most."""
 
 
 class Writer(Protocol):
@@ -82,6 +85,10 @@ class Drain:
         self._input_ids: dict[str, int] = {}
         self._budget = budget
         self._packer = Packer(writer.layout, packed_bytes)
+        self._group: list[_Waiting] = []
+        self._group_bytes = 0
+        self._last_names: Sequence[str] = ()
+        self._last_ids: Sequence[int] = ()
         self._shut = shut
         self._dropped = dropped
         self._tick = tick
@@ -103,6 +110,7 @@ class Drain:
             for delivery in deliveries:
                 self._guarded(self._write, delivery)
             deliveries.clear()
+            self._guarded(self._store_group)
             if seal:
                 self._guarded(self._writer.seal)
             now = time.monotonic()
@@ -126,10 +134,11 @@ class Drain:
         if self.failure is not None:
             self._throw_away(delivery)
             return
+        site_ids: Sequence[int]
         if delivery.is_input:
             site_ids = [self._input_id(name) for name in delivery.names]
         else:
-            site_ids = [self._site_ids[name] for name in delivery.names]
+            site_ids = self._ids_of(delivery.names)
         landing = delivery.landing
         cuts = delivery.cuts
         if landing is None:
@@ -173,30 +182,62 @@ class Drain:
             counted: bytes that the budget counts for them.
             room: of their values, if that is not the budget's.
         """
-        num_values, num_bytes = len(values), sum(value.nbytes for value in values)
         calls, full_shapes = delivery.calls, delivery.full_shapes
         if which is not None:
             site_ids = [site_ids[index] for index in which]
             calls = [calls[index] for index in which]
             full_shapes = full_shapes and [full_shapes[index] for index in which]
-        packed = None
-        if not delivery.is_input:
-            packed = self._packer.pack(site_ids, calls, values, full_shapes, num_bytes)
-        if packed is not None:
-            # What remains is one object for all.
-            values.clear()
-            kept = counted
-            if room is None:
-                kept = num_bytes + RECORD_OVERHEAD_BYTES
-                self._budget.release(counted - kept)
-            else:
-                room()
-            self._writer.put_packed(packed[0], delivery.step, packed[1], _Release(self._budget, kept))
-        else:
+        if delivery.is_input:
             self._put_each(delivery.step, site_ids, calls, full_shapes, values, counted, room)
-        if not delivery.is_input:
-            self.records += num_values
-            self.raw_bytes += num_bytes
+            return
+        plan = self._packer.plan(site_ids, calls, values, full_shapes)
+        if plan is not None:
+            self._pack(_Waiting(delivery, plan, values, counted, room))
+            return
+        # Records of a site stay in the order of their steps.
+        self._store_group()
+        self.records += len(values)
+        self.raw_bytes += sum(value.nbytes for value in values)
+        self._put_each(delivery.step, site_ids, calls, full_shapes, values, counted, room)
+
+    def _pack(self, waiting: _Waiting) -> None:
+        """Copy the values together with those of other graph runs."""
+        limit, plan = min(_GROUP_BYTES, self._packer.max_bytes // 4), waiting.plan
+        group = self._group
+        if group and (group[0].plan.dtype is not plan.dtype or self._group_bytes + plan.num_bytes > limit):
+            self._store_group()
+        self._group.append(waiting)
+        self._group_bytes += plan.num_bytes
+        if waiting.room is not None or self._group_bytes >= limit:
+            # A place in the ring is not kept from the device.
+            self._store_group()
+
+    def _store_group(self) -> None:
+        group, self._group, self._group_bytes = self._group, [], 0
+        if not group:
+            return
+        if self.failure is not None:
+            for waiting in group:
+                waiting.values.clear()
+                self._budget.release(waiting.counted)
+                self._dropped(waiting.delivery.names)
+            return
+        packs = join([(waiting.plan, waiting.values) for waiting in group])
+        given_back = 0
+        for waiting, data in zip(group, packs, strict=True):
+            self.records += len(waiting.values)
+            self.raw_bytes += waiting.plan.num_bytes
+            # What remains is one object for all.
+            waiting.values.clear()
+            kept = waiting.counted
+            if waiting.room is None:
+                kept = waiting.plan.num_bytes + RECORD_OVERHEAD_BYTES
+                given_back += waiting.counted - kept
+            else:
+                waiting.room()
+            release = _Release(self._budget, kept)
+            self._writer.put_packed(waiting.plan.layout, waiting.delivery.step, data, release)
+        self._budget.release(given_back)
 
     def _put_each(
         self,
@@ -237,7 +278,14 @@ class Drain:
 
     def _make_room(self) -> None:
         # What fills the ring may lie in pages that are not full yet.
+        self._store_group()
         self._writer.seal()
+
+    def _ids_of(self, names: Sequence[str]) -> Sequence[int]:
+        """The writer's ids; the same list for the same names, as a graph's runs have them."""
+        if names is not self._last_names:
+            self._last_names, self._last_ids = names, [self._site_ids[name] for name in names]
+        return self._last_ids
 
     def _input_id(self, name: str) -> int:
         if name not in self._input_ids:
@@ -253,6 +301,19 @@ class Drain:
 def _cut_out(value: torch.Tensor, cut: Cut) -> torch.Tensor:
     _, start, numel, shape = cut
     return value.view(-1)[start : start + numel].view(shape)
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A graph run's small values, until they are copied together with others'."""
+
+    delivery: Delivery
+    plan: Plan
+    values: list[torch.Tensor]
+    counted: int
+    """Bytes that the budget counts for them."""
+    room: Room | None
+    """Of their values, if that is not the budget's."""
 
 
 class _Release:

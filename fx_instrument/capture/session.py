@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -24,6 +24,7 @@ from .transfer import Transfer, device_of
 
 _PACKING_FROM_BYTES = 1 << 20
 """A buffer below this packs nothing: a sixteenth of it would take no graph run."""
+_MAX_RUNS = 256
 _PINNED_SHARE = 7 / 8
 """Of the buffer, once values come from a device: the rest counts the bookkeeping of records, and inputs."""
 
@@ -52,6 +53,18 @@ class _Ticket:
     dropped: bool
     device: torch.device | None = None
     replays: bool = False
+
+
+class _Run(NamedTuple):
+    """The sites that a run of a graph delivers."""
+
+    sites: Sequence[SiteLike]
+    """Held, as their id is what the run is remembered by."""
+    names: tuple[str, ...]
+    calls: Sequence[int]
+    """Of each site its how-manieth value of the step this is, if the step had none before."""
+    counts: dict[str, int]
+    """Values of each site so far, likewise."""
 
 
 class Session:
@@ -115,6 +128,7 @@ class Session:
         self._numbers = itertools.count(writer.first_step)
         self._end_step_number = writer.first_step
         self._steps = self._eager_records = 0
+        self._runs: dict[int, _Run] = {}
         self._dropped: dict[str, int] = {}
         self._dropped_inputs = 0
         self._closed = self._ended = False
@@ -205,21 +219,34 @@ class Session:
         if step.number is None:
             self._reserve_number()
         assert step.number is not None
-        names = [site.name for site in sites]
+        run = self._run_of(sites)
         if ticket.dropped:
-            self._count_dropped(names)
+            self._count_dropped(run.names)
             # The caller of this holds the values for a moment more.
             self.cancel(ticket)
-        calls = []
-        for name in names:
-            call = step.calls.get(name, 0)
-            step.calls[name] = call + 1
-            calls.append(call)
+        calls: Sequence[int] = run.calls
+        if step.calls:
+            calls = _count_calls(run.names, step.calls)
+        else:
+            step.calls = dict(run.counts)
         if not ticket.dropped:
             self._hand_over(
                 ticket,
-                Delivery(step.number, names, calls, list(values), full_shapes, ticket.num_bytes, cuts=cuts),
+                Delivery(
+                    step.number, run.names, calls, list(values), full_shapes, ticket.num_bytes, cuts=cuts
+                ),
             )
+
+    def _run_of(self, sites: Sequence[SiteLike]) -> _Run:
+        """What a step's first run with these sites has; remembered for the graphs that run again and again."""
+        run = self._runs.get(id(sites))
+        if run is None:
+            names = tuple(site.name for site in sites)
+            counts: dict[str, int] = {}
+            run = _Run(sites, names, _count_calls(names, counts), counts)
+            if isinstance(sites, tuple) and len(sites) > 1 and len(self._runs) < _MAX_RUNS:
+                self._runs[id(sites)] = run
+        return run
 
     def _hand_over(self, ticket: _Ticket, delivery: Delivery) -> None:
         """Start the values of ``delivery`` on their way and tell the drain thread."""
@@ -408,3 +435,13 @@ class Session:
             file=sys.stderr,
             flush=True,
         )
+
+
+def _count_calls(names: Sequence[str], counts: dict[str, int]) -> list[int]:
+    """Each name's number among its site's values of a step; ``counts`` goes on."""
+    calls = []
+    for name in names:
+        call = counts.get(name, 0)
+        counts[name] = call + 1
+        calls.append(call)
+    return calls
