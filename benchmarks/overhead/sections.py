@@ -112,12 +112,13 @@ def main_workloads(name: str, options: Options) -> list[Workload]:
         kinds: Sequence[str] = options.kinds
     elif options.full:
         kinds = KINDS
-    elif options.quick:
-        # Every kind is compiled anew, on the real model half a minute a variant.
-        kinds = ("prefill",) if name == "real" else ("decode-static",)
+    elif name == "toy":
+        # One token a step: nothing is as short.
+        kinds = ("decode-static",)
     else:
-        kinds = ("prefill", "decode-static")
-    steps = {"prefill": 6, "decode-static": 48, "decode-dynamic": 48, "generate": 48}
+        # Every kind is compiled anew, on the real model half a minute a variant.
+        kinds = ("prefill",) if options.quick else ("prefill", "decode-static")
+    steps = {"prefill": 6, "decode-static": 36, "decode-dynamic": 36, "generate": 36}
     lengths = {"prefill": 128}
     times = (8 if name == "toy" else 1) * (0.5 if options.quick else 1)
     return [Workload(kind, 4, lengths.get(kind, 32), int(steps[kind] * times)) for kind in kinds]
@@ -359,7 +360,7 @@ def memory(options: Options) -> dict[str, Any]:
     chosen = {variant.name: variant for variant in (*variants.ours(setup)[2:], variants.compiled(setup))}
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for steps in (25, 100, 400) if options.quick else (50, 200, 800):
+        for steps in (1000, 4000) if options.full else (25, 100, 400):
             bench = Bench(Workload("prefill", 4, 128, steps), model)
             for name, variant in chosen.items():
                 options.say(f"memory: {steps} steps, {name}")
