@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 
@@ -20,31 +19,13 @@ from .drain import RECORD_OVERHEAD_BYTES, Drain, Writer
 from .handover import Cut, Delivery
 from .pinned import CopyEngine, Landing
 from .report import CaptureReport
+from .steps import SiteLike, Steps
 from .transfer import Transfer, device_of
 
 _PACKING_FROM_BYTES = 1 << 20
 """A buffer below this packs nothing: a sixteenth of it would take no graph run."""
-_MAX_RUNS = 256
 _PINNED_SHARE = 7 / 8
 """Of the buffer, once values come from a device: the rest counts the bookkeeping of records, and inputs."""
-
-
-class SiteLike(Protocol):
-    @property
-    def name(self) -> str: ...
-    @property
-    def role(self) -> str: ...
-
-
-class _Step(threading.local):
-    """The forward call that this thread is in, or the number reserved for its next one."""
-
-    number: int | None = None
-    running: bool = False
-    calls: dict[str, int]
-
-    def __init__(self) -> None:
-        self.calls = {}
 
 
 @dataclass(slots=True)
@@ -53,18 +34,6 @@ class _Ticket:
     dropped: bool
     device: torch.device | None = None
     replays: bool = False
-
-
-class _Run(NamedTuple):
-    """The sites that a run of a graph delivers."""
-
-    sites: Sequence[SiteLike]
-    """Held, as their id is what the run is remembered by."""
-    names: tuple[str, ...]
-    calls: Sequence[int]
-    """Of each site its how-manieth value of the step this is, if the step had none before."""
-    counts: dict[str, int]
-    """Values of each site so far, likewise."""
 
 
 class Session:
@@ -123,12 +92,9 @@ class Session:
             tick=self._tick if progress else None,
         )
         self._handover = self._drain.handover
-        self._step = _Step()
+        self._steps = Steps(writer.first_step)
         self._lock = threading.Lock()
-        self._numbers = itertools.count(writer.first_step)
-        self._end_step_number = writer.first_step
-        self._steps = self._eager_records = 0
-        self._runs: dict[int, _Run] = {}
+        self._eager_records = 0
         self._dropped: dict[str, int] = {}
         self._dropped_inputs = 0
         self._closed = self._ended = False
@@ -143,20 +109,12 @@ class Session:
     # -- the model's threads ------------------------------------------------------------------------------------
 
     def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> None:
-        step = self._step
-        if step.running or step.number is None:
-            self._reserve_number()
-        step.running = True
-        with self._lock:
-            self._steps += 1
+        number = self._steps.begin()
         if inputs and not self._closed:
-            self._record_inputs(inputs)
+            self._record_inputs(number, inputs)
 
     def end_step(self) -> None:
-        step = self._step
-        step.running = False
-        step.number = None
-        step.calls = {}
+        self._steps.finish()
 
     def reserve(
         self,
@@ -215,38 +173,16 @@ class Session:
         full_shapes: Sequence[tuple[int, ...]] | None,
         cuts: Sequence[Cut] | None = None,
     ) -> None:
-        step = self._step
-        if step.number is None:
-            self._reserve_number()
-        assert step.number is not None
-        run = self._run_of(sites)
+        number = self._steps.number()
+        names, calls = self._steps.count(sites)
         if ticket.dropped:
-            self._count_dropped(run.names)
+            self._count_dropped(names)
             # The caller of this holds the values for a moment more.
             self.cancel(ticket)
-        calls: Sequence[int] = run.calls
-        if step.calls:
-            calls = _count_calls(run.names, step.calls)
-        else:
-            step.calls = dict(run.counts)
-        if not ticket.dropped:
-            self._hand_over(
-                ticket,
-                Delivery(
-                    step.number, run.names, calls, list(values), full_shapes, ticket.num_bytes, cuts=cuts
-                ),
-            )
-
-    def _run_of(self, sites: Sequence[SiteLike]) -> _Run:
-        """What a step's first run with these sites has; remembered for the graphs that run again and again."""
-        run = self._runs.get(id(sites))
-        if run is None:
-            names = tuple(site.name for site in sites)
-            counts: dict[str, int] = {}
-            run = _Run(sites, names, _count_calls(names, counts), counts)
-            if isinstance(sites, tuple) and len(sites) > 1 and len(self._runs) < _MAX_RUNS:
-                self._runs[id(sites)] = run
-        return run
+            return
+        self._hand_over(
+            ticket, Delivery(number, names, calls, list(values), full_shapes, ticket.num_bytes, cuts=cuts)
+        )
 
     def _hand_over(self, ticket: _Ticket, delivery: Delivery) -> None:
         """Start the values of ``delivery`` on their way and tell the drain thread."""
@@ -295,15 +231,7 @@ class Session:
         timeout_s = self._patience() if self._patience is not None else None
         return self._budget.acquire(num_bytes, wait=True, timeout_s=timeout_s)
 
-    def _reserve_number(self) -> None:
-        self._step.calls = {}
-        with self._lock:
-            self._step.number = next(self._numbers)
-            self._end_step_number = self._step.number + 1
-
-    def _record_inputs(self, inputs: Mapping[str, torch.Tensor]) -> None:
-        number = self._step.number
-        assert number is not None
+    def _record_inputs(self, number: int, inputs: Mapping[str, torch.Tensor]) -> None:
         device = device_of(list(inputs.values()))
         total = sum(
             (value.nbytes if value.device != device else 0) + RECORD_OVERHEAD_BYTES
@@ -364,7 +292,7 @@ class Session:
         measured = self._writer.capacity()
         stored_after = self._stored_after if self._stored_after is not None else duration
         return CaptureReport(
-            steps=self._steps,
+            steps=self._steps.begun,
             records=self._drain.records,
             raw_bytes=self._drain.raw_bytes,
             stored_bytes=self._writer.stored_bytes,
@@ -413,7 +341,7 @@ class Session:
         left_out = ("stored_bytes", "dropped_by_site")
         return {
             **{name: value for name, value in report.items() if name not in left_out},
-            "num_steps": self._end_step_number,
+            "num_steps": self._steps.end,
             "dropped_records": report["dropped_by_site"],
             "failed": None if self._drain.failure is None else repr(self._drain.failure),
         }
@@ -435,13 +363,3 @@ class Session:
             file=sys.stderr,
             flush=True,
         )
-
-
-def _count_calls(names: Sequence[str], counts: dict[str, int]) -> list[int]:
-    """Each name's number among its site's values of a step; ``counts`` goes on."""
-    calls = []
-    for name in names:
-        call = counts.get(name, 0)
-        counts[name] = call + 1
-        calls.append(call)
-    return calls
