@@ -47,7 +47,7 @@ class Client:
         request = urllib.request.Request(
             self._url + "/v1/chat/completions", json.dumps(body).encode(), headers
         )
-        with urllib.request.urlopen(request, timeout=120) as response:
+        with urllib.request.urlopen(request, timeout=600) as response:
             text = response.read().decode()
         if not stream:
             return str(json.loads(text)["choices"][0]["message"]["content"])
