@@ -228,7 +228,7 @@ def kinds(options: Options) -> dict[str, Any]:
     ]
     for variant in chosen:
         variant.counts_of = variant.counts_of if variant.counts_of == "FX, null sink" else ""
-    workloads = [Workload("prefill", 4, 128, 8), Workload("decode-static", 4, 16, 32)]
+    workloads = [Workload("prefill", 4, 128, 48), Workload("decode-static", 4, 32, 288)]
     found = {workload.name: table(chosen, workload, model, options) for workload in workloads}
     return {"model": "toy, 4 layers of width 256", "workloads": found}
 
@@ -242,7 +242,7 @@ def shapes(options: Options) -> dict[str, Any]:
     found = {}
     for batch, length in sizes:
         # As many tokens in each block, or what opening and closing it costs would look like a matter of shape.
-        workload = Workload("prefill", batch, length, max(2, 8192 // (batch * length)))
+        workload = Workload("prefill", batch, length, 32768 // (batch * length))
         found[workload.name] = table(chosen, workload, model, options)
     return {"model": "toy, 4 layers of width 256", "workloads": found}
 
@@ -286,7 +286,7 @@ def scaling(options: Options) -> dict[str, Any]:
     names = [f"model.layers.{layer}{part}" for part in PARTS for layer in range(layers)]
     by_sites, points = {}, []
     held_out = 128
-    workloads = [Workload("prefill", 4, 64, 16), Workload("decode-static", 4, 16, 64)]
+    workloads = [Workload("prefill", 4, 64, 48), Workload("decode-static", 4, 16, 96)]
     plain = variants.compiled(Setup(deep, options=options.compile_options))
     for count in (8, 64, held_out, 256):
         setup = Setup(deep, sites=names[:count], options=options.compile_options)
