@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from .activations import ActivationStream, Record, open_stream
+from .activations import open_stream
 from .analysis import analyze_activations, describe
 from .config import CODECS, HookGranularity
 from .errors import (
@@ -29,6 +26,7 @@ from .errors import (
 )
 from .export import FORMATS, export_stream
 from .packets import convert_packets
+from .record_table import record_rows, record_table
 from .repair import check_file, recover_stream
 from .site_table import info_table, site_table
 from .stream.mapped import stream_files
@@ -291,29 +289,11 @@ def head(
         names = [site.name for site in stream.sites]
         chosen = _choose(names, globs) if globs else names
         ranks = stream.ranks
-        found = [
-            _head_row(record, values) for record in itertools.islice(_first_records(stream, chosen), records)
-        ]
+        found = list(itertools.islice(record_rows(stream, chosen, values), records))
     if as_json:
         print_json(found)
         return
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    numbers_shown = ("step", "call", "rank") if len(ranks) > 1 else ("step", "call")
-    for name in numbers_shown:
-        table.add_column(name, justify="right")
-    for name in ("site", "dtype", "shape", "values"):
-        table.add_column(name, no_wrap=True)
-    for row in found:
-        shape = str(tuple(row["shape"])) + (
-            f" of {tuple(row['full_shape'])}" if row["full_shape"] != row["shape"] else ""
-        )
-        numbers = " ".join(
-            f"{value:.4g}" if isinstance(value, float) else str(value) for value in row["values"]
-        )
-        table.add_row(
-            *(str(row[name]) for name in numbers_shown), escape(row["site"]), row["dtype"], shape, numbers
-        )
-    console().print(table)
+    console().print(record_table(found, with_ranks=len(ranks) > 1))
 
 
 @cli.command(short_help="Capture a real SmolLM2-135M and draw it.")
@@ -381,33 +361,3 @@ def _choose(names: Sequence[str], globs: Sequence[str]) -> list[str]:
             f"{' ...' if len(names) > 6 else ''}"
         )
     return chosen
-
-
-def _first_records(stream: ActivationStream, sites: Sequence[str]) -> Iterator[Record]:
-    """Records by step, then site, rank and call, found through the index one by one."""
-    for step in range(stream.num_steps):
-        for site, rank in itertools.product(sites, stream.ranks):
-            for call in itertools.count():
-                record = stream.find(site, step, call, rank=rank)
-                if record is None:
-                    break
-                yield record
-
-
-def _head_row(record: Record, num_values: int) -> dict[str, Any]:
-    values = record.numpy().reshape(-1)[:num_values].tolist()
-    return {
-        "step": record.step,
-        "call": record.call,
-        "rank": record.rank,
-        "site": record.site,
-        "dtype": str(record.dtype).removeprefix("torch."),
-        "shape": list(record.shape),
-        "full_shape": list(record.full_shape),
-        # JSON has no NaN, infinities or complex numbers.
-        "values": [value if _is_plain(value) else str(value) for value in values],
-    }
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))

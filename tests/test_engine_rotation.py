@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
-import threading
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from toy_engine import HIDDEN, SITES, Engine
+from waiting import recordings, until
 
 from fx_instrument import InstrumentationConfig, open_stream
 from fx_instrument.serving.folder import RecordingFolder
@@ -29,19 +29,6 @@ def rotating(folder: Path, *, config: Any = None, **limits: Any) -> Engine:
 def files_of(engine: Engine) -> RotatingFiles:
     assert isinstance(engine.capture.files, RotatingFiles)
     return engine.capture.files
-
-
-def paths(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.stream"))
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another thread does."""
-    for _ in range(6000):
-        if condition():
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError("did not happen within a minute")
 
 
 def check(engine: Engine, stream: Any, name: str, kept: list[int], *, found_as: str | None = None) -> None:
@@ -75,7 +62,7 @@ def test_a_request_goes_on_in_the_next_file(tmp_path: Path) -> None:
         for name in stream.requests:
             check(engine, stream, name, list(range(len(engine.prompts[name]))))
             assert not len(stream.request(name)["layers.0.mlp"].missing_positions)
-    for path, kept in zip(paths(tmp_path / "r"), ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9]), strict=True):
+    for path, kept in zip(recordings(tmp_path / "r"), ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9]), strict=True):
         assert path.stat().st_mode & 0o077 == 0
         with open_stream(path) as stream:
             check(engine, stream, "a", kept)
@@ -87,7 +74,7 @@ def test_files_rotate_by_size(tmp_path: Path) -> None:
     engine = rotating(tmp_path / "r", rotate_bytes=20_000)
     turn = 0
     # Until the fourth file holds something, too: an empty one is deleted.
-    while len(rotated := paths(tmp_path / "r")) < 4 or rotated[-1].stat().st_size < 20_000:
+    while len(rotated := recordings(tmp_path / "r")) < 4 or rotated[-1].stat().st_size < 20_000:
         assert turn < 20_000
         engine.add(f"request-{turn}", [(turn + i) % 50 for i in range(40)])
         engine.step([(f"request-{turn}", 0, 40)])
@@ -95,8 +82,8 @@ def test_files_rotate_by_size(tmp_path: Path) -> None:
     engine.capture.close()
     report = files_of(engine).report
     assert report.steps == turn and report.failures == report.dropped_records == 0
-    assert report.stored_bytes == sum(path.stat().st_size for path in paths(tmp_path / "r"))
-    assert all(path.stat().st_size >= 20_000 for path in paths(tmp_path / "r")[:-1])
+    assert report.stored_bytes == sum(path.stat().st_size for path in recordings(tmp_path / "r"))
+    assert all(path.stat().st_size >= 20_000 for path in recordings(tmp_path / "r")[:-1])
     with open_stream(tmp_path / "r") as stream:
         assert len(stream.requests) == turn
         check(engine, stream, f"request-{turn - 1}", list(range(40)))
@@ -109,14 +96,14 @@ def test_files_rotate_by_time_if_they_hold_something(tmp_path: Path) -> None:
     engine.step([("a", 0, 2)])
     files = files_of(engine)
     until(lambda: files.report.files == 2 and not files.is_ending)
-    (first, _) = paths(tmp_path / "r")
+    (first, _) = recordings(tmp_path / "r")
     with open_stream(first) as stream:
         check(engine, stream, "a", [0, 1])
     for _ in range(5):
         files.look()
     assert files.report.files == 2
     engine.capture.close()
-    assert paths(tmp_path / "r") == [first]
+    assert recordings(tmp_path / "r") == [first]
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -135,7 +122,7 @@ def remove_folder(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def remove_file(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    paths(folder)[0].unlink()
+    recordings(folder)[0].unlink()
 
 
 @pytest.mark.parametrize(
@@ -176,7 +163,7 @@ def test_a_failure_switches_off_and_a_switch_on_again(
     engine.step([("a", 4, 2)])
     engine.capture.close()
     assert files_of(engine).report.failures == 1
-    with open_stream(paths(tmp_path / "r")[-1]) as stream:
+    with open_stream(recordings(tmp_path / "r")[-1]) as stream:
         # Of a request that had begun before, what came while it was off is missing.
         check(engine, stream, "a", [4, 5])
         assert stream.request("a")["layers.0.mlp"].missing_positions.tolist() == [0, 1, 2, 3]
@@ -215,7 +202,7 @@ def test_switching_off_ends_the_file(tmp_path: Path) -> None:
     assert engine.capture.switch(True) and engine.capture.switch(True)
     engine.step([("a", 4, 2)])
     engine.capture.close()
-    assert not engine.capture.switch(True) and len(paths(tmp_path / "r")) == 2
+    assert not engine.capture.switch(True) and len(recordings(tmp_path / "r")) == 2
     with open_stream(tmp_path / "r") as stream:
         check(engine, stream, "a", [0, 1, 4, 5])
 
@@ -243,7 +230,7 @@ def test_a_file_in_the_folder_switches(tmp_path: Path) -> None:
     engine.add("b", [1, 2])
     engine.step([("b", 0, 2)])
     engine.capture.close()
-    assert files_of(engine).report.steps == 0 and len(paths(tmp_path / "r")) == 2
+    assert files_of(engine).report.steps == 0 and len(recordings(tmp_path / "r")) == 2
 
 
 def test_an_engine_starts_again_in_its_folder(tmp_path: Path) -> None:
@@ -260,7 +247,7 @@ def test_an_engine_starts_again_in_its_folder(tmp_path: Path) -> None:
             engine.run(ids)
         engine.capture.store(scheduled, ids)
         engine.capture.close()
-    assert [path.name[:7] for path in paths(tmp_path / "r")] == ["000000-", "000001-"]
+    assert [path.name[:7] for path in recordings(tmp_path / "r")] == ["000000-", "000001-"]
     with open_stream(tmp_path / "r") as stream:
         assert stream.requests == ("0", "0-1")
         assert stream.request("0").token_ids() == {0: 0, 1: 1, 2: 2}
@@ -277,7 +264,7 @@ def test_the_oldest_files_go(tmp_path: Path) -> None:
             files_of(engine).rotate()
             files_of(engine).wait_ended(60)
         engine.capture.close()
-    assert [path.name[:6] for path in paths(tmp_path / "r")] == ["000004", "000005"]
+    assert [path.name[:6] for path in recordings(tmp_path / "r")] == ["000004", "000005"]
     with open_stream(tmp_path / "r") as stream:
         assert "n2" in stream.requests
 
@@ -356,7 +343,7 @@ def test_metrics_over_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert all(name.startswith("fx_instrument_") for name in counts)
     assert counts["fx_instrument_steps_total"] == 2 and counts["fx_instrument_files_total"] == 3
     assert counts["fx_instrument_records_total"] == 2 * len(SITES)
-    paths(tmp_path / "r")[-1].unlink()
+    recordings(tmp_path / "r")[-1].unlink()
     until(lambda: scraped()["fx_instrument_failures_total"] == 1)
     assert scraped()["fx_instrument_recording"] == 0
     with pytest.raises(OSError, match=rf"can't be served at 127\.0\.0\.1:{port} .*another metrics_port"):

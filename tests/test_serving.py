@@ -17,6 +17,7 @@ import pytest
 import torch
 from models import PLAIN, make, tokens
 from torch import nn
+from waiting import recordings, until
 
 from fx_instrument import (
     CaptureActiveError,
@@ -43,26 +44,13 @@ def instrumented(model: nn.Module | None = None, **config: Any) -> tuple[nn.Modu
     return model, framework
 
 
-def files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.stream"))
-
-
 def steps_in(folder: Path) -> int:
     total = 0
-    for path in files(folder):
+    for path in recordings(folder):
         with open_stream(path) as stream:
             assert len(stream) == SITES * stream.num_steps, path
             total += stream.num_steps
     return total
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another thread does."""
-    for _ in range(6000):
-        if condition():
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError("did not happen within a minute")
 
 
 @pytest.fixture(autouse=True)
@@ -97,12 +85,12 @@ def test_files_rotate_by_size_under_concurrent_calls(tmp_path: Path) -> None:
     assert not wrong
     report = recorder.report
     assert (report.steps, report.records, report.dropped_records) == (804, 804 * SITES, 0)
-    assert len(files(folder)) == report.files >= 2 and not report.active and report.failures == 0
+    assert len(recordings(folder)) == report.files >= 2 and not report.active and report.failures == 0
     assert steps_in(folder) == 804
-    assert report.stored_bytes == sum(path.stat().st_size for path in files(folder))
+    assert report.stored_bytes == sum(path.stat().st_size for path in recordings(folder))
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert all(path.stat().st_mode & 0o777 == 0o600 for path in files(folder))
-    with open_stream(files(folder)[-1]) as stream:
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in recordings(folder))
+    with open_stream(recordings(folder)[-1]) as stream:
         for step, one in enumerate(ids):
             assert torch.equal(stream.inputs(step)["input_ids"], one)
             assert stream.read("layers.0.mlp", step).shape == (1, one.shape[1], PLAIN.width)
@@ -114,12 +102,12 @@ def test_files_rotate_by_time_if_they_hold_something(tmp_path: Path) -> None:
     with Recorder(framework, tmp_path / "r", rotate_s=1e-3, min_free_bytes=0) as recorder:
         model(tokens(1, 4))
         until(lambda: recorder.report.files == 2)
-        first = files(tmp_path / "r")[0]
+        first = recordings(tmp_path / "r")[0]
         until(lambda: recorder.report.path != str(first) and not recorder._files.is_ending)
         for _ in range(5):
             recorder._files.look()
         assert recorder.report.files == 2
-    assert files(tmp_path / "r") == [first]
+    assert recordings(tmp_path / "r") == [first]
 
 
 class Waits(nn.Module):
@@ -165,7 +153,7 @@ def test_a_call_in_flight_stays_in_its_file(tmp_path: Path) -> None:
             recorder.rotate()
         model(tokens(1, 4))
         model(tokens(1, 4))
-    with open_stream(files(tmp_path / "r")[0]) as old, open_stream(files(tmp_path / "r")[1]) as new:
+    with open_stream(recordings(tmp_path / "r")[0]) as old, open_stream(recordings(tmp_path / "r")[1]) as new:
         assert (old.num_steps, len(old), new.num_steps, len(new)) == (1, SITES, 2, 2 * SITES)
 
 
@@ -191,7 +179,7 @@ def test_memory_threads_and_files_stay_flat(tmp_path: Path) -> None:
     assert after[1:] == before[1:]
     assert recorder.report.steps == 200 and recorder.report.files == 201
     # The last one held nothing; two and it were the three.
-    assert len(files(tmp_path / "r")) == 2
+    assert len(recordings(tmp_path / "r")) == 2
 
 
 @pytest.mark.slow
@@ -224,7 +212,7 @@ def test_memory_stays_flat_over_requests(tmp_path: Path) -> None:
     report = recorder.report
     assert report.steps == 16_000 and report.failures == 0 and report.files > 10
     assert report.records + report.dropped_records == 16_000 * SITES
-    assert len(files(folder)) <= 3
+    assert len(recordings(folder)) <= 3
     quarter, end = sizes[1], sizes[-1]
     assert end[0] - quarter[0] < 4 << 20, sizes
     assert end[1:] == quarter[1:], sizes
@@ -260,7 +248,7 @@ def test_switching_compiles_nothing(tmp_path: Path) -> None:
     assert len(compiled) == 2
     assert recorder.report.steps == steps_in(tmp_path / "r") == 3
     # No file is left of what recorded nothing.
-    assert len(files(tmp_path / "r")) == 3 and recorder.report.files == 4
+    assert len(recordings(tmp_path / "r")) == 3 and recorder.report.files == 4
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -275,7 +263,7 @@ def remove_folder(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def remove_file(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    files(folder)[0].unlink()
+    recordings(folder)[0].unlink()
 
 
 def break_session(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -323,7 +311,7 @@ def test_a_failure_switches_off_and_reaches_no_response(
     assert torch.equal(model(ids), expected)
     recorder.close()
     assert recorder.report.steps == before + 1 and recorder.report.failures == 1
-    with open_stream(files(tmp_path / "r")[-1]) as stream:
+    with open_stream(recordings(tmp_path / "r")[-1]) as stream:
         assert len(stream) == SITES
 
 
@@ -369,7 +357,7 @@ def test_a_full_buffer_drops(max_stall_s: float, tmp_path: Path, monkeypatch: py
         held.set()
     report = recorder.report
     assert report.records + report.dropped_records == 40 * SITES
-    with open_stream(files(tmp_path / "r")[0]) as stream:
+    with open_stream(recordings(tmp_path / "r")[0]) as stream:
         assert len(stream) == report.records
 
 
@@ -406,7 +394,7 @@ def test_only_the_requests_that_ask(tmp_path: Path) -> None:
         asyncio.run(main())
         with pytest.raises(ValueError, match="not all empty"), recorder.request(""):
             pass
-    with open_stream(files(tmp_path / "r")[0]) as stream:
+    with open_stream(recordings(tmp_path / "r")[0]) as stream:
         lengths = [stream.inputs(step)["input_ids"].shape[1] for step in range(stream.num_steps)]
     assert sorted(lengths) == [3, 3, 3, 5, 5, 5, 7, 7, 7]
     assert recorder.report.steps == 9
@@ -420,14 +408,14 @@ def test_the_oldest_files_go(tmp_path: Path) -> None:
         with Recorder(framework, folder, min_free_bytes=0):
             model(tokens(1, 4))
     (folder / "notes.stream").write_text("not a recording")
-    assert [path.name[:7] for path in files(folder)[:2]] == ["000000-", "000001-"]
-    size = files(folder)[0].stat().st_size
+    assert [path.name[:7] for path in recordings(folder)[:2]] == ["000000-", "000001-"]
+    size = recordings(folder)[0].stat().st_size
     with Recorder(framework, folder, max_total_bytes=4 * size - 1, min_free_bytes=0) as recorder:
         for _ in range(4):
             model(tokens(1, 4))
             recorder.rotate()
             until(lambda: not recorder._files.is_ending)
-    assert [path.name[:6] for path in files(folder)] == ["000003", "000004", "000005", "notes."]
+    assert [path.name[:6] for path in recordings(folder)] == ["000003", "000004", "000005", "notes."]
 
 
 def test_folders_that_are_refused(tmp_path: Path) -> None:
@@ -500,7 +488,7 @@ def test_prometheus_counts_over_files(tmp_path: Path) -> None:
         recorder.rotate()
     assert value("fx_instrument_recording") == 1
     until(lambda: value("fx_instrument_records_total") == 3 * SITES)
-    files(tmp_path / "r")[-1].unlink()
+    recordings(tmp_path / "r")[-1].unlink()
     until(lambda: value("fx_instrument_failures_total") == 1)
     recorder.close()
     report = recorder.report
@@ -563,7 +551,7 @@ def test_rows_by_request(tmp_path: Path) -> None:
         assert len(stream.request(again)["layers.0.self_attn"]) == 2
     # Of the last file alone, too: how long the prompt was is known where only generated tokens lie.
     number = 0
-    for path in files(tmp_path / "r")[1:]:
+    for path in recordings(tmp_path / "r")[1:]:
         with open_stream(path) as stream:
             for name in set(stream.requests) & set(prompts):
                 assert stream.request(name).num_prompt_tokens == prompts[name].shape[1]

@@ -159,8 +159,6 @@ def _compare(name: str, title: str, setup: Setup, options: Options) -> dict[str,
         variants.plain(setup),
         variants.hooked(setup, compiled=False),
     ]
-    if options.full:
-        rest.append(variants.hooked(setup, compiled=True, recompile_limit=4 * len(setup.names())))
 
     def wanted(kind: str) -> list[Variant]:
         # Of the real model each more is half a minute of compiling.

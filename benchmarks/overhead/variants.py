@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-import torch._dynamo
-
 from fx_instrument import (
     HookConfig,
     HookGranularity,
@@ -83,24 +80,14 @@ def compiled(setup: Setup, name: str = BASE) -> Variant:
     return Variant(name, model, nothing)
 
 
-def hooked(setup: Setup, *, compiled: bool, recompile_limit: int | None = None) -> Variant:
-    """Hooks that call Python; ``recompile_limit`` is Dynamo's, which they run into; None leaves it as it is."""
+def hooked(setup: Setup, *, compiled: bool) -> Variant:
     model = duplicate(setup.model)
     call: Callable[..., Any] = model._call_impl
     if compiled:
         call = compile_alone(model, **setup.options)
     hooks = GoodHooks(model, setup.names(), setup.codec, call)
     name = f"{'compiled' if compiled else 'eager'} + hooks, {_sink(setup, 'file')}"
-    block = _counting(hooks.block, row_bytes(model), _file("file"))
-    if recompile_limit is None:
-        return Variant(name, model, block, len(setup.names()))
-
-    @contextlib.contextmanager
-    def with_limit(folder: Path) -> Iterator[Rows]:
-        with torch._dynamo.config.patch(recompile_limit=recompile_limit), block(folder) as rows:
-            yield rows
-
-    return Variant(f"{name}, recompile limit {recompile_limit}", model, with_limit, len(setup.names()))
+    return Variant(name, model, _counting(hooks.block, row_bytes(model), _file("file")), len(setup.names()))
 
 
 def traced_hooks(setup: Setup) -> list[Variant]:

@@ -130,9 +130,8 @@ class Packer:
 def join(packs: Sequence[tuple[Plan, Sequence[torch.Tensor]]]) -> list[npt.NDArray[np.uint8]]:
     """The bytes of each pack, all of one dtype, in one piece of memory.
 
-    A single call of torch's, however many packs there are: it lets go of the interpreter's lock, and each time this
-    thread wants that back from the one that runs the model, both wait (at a call for each pack a decode step of a toy
-    switched threads 3.6 times).
+    A single call of torch's, however many packs there are: each lets go of the interpreter's lock, which this thread
+    must then get back from the one that runs the model.
     """
     ordered: list[torch.Tensor] = []
     for plan, values in packs:
