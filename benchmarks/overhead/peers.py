@@ -108,7 +108,7 @@ def torchlens(setup: Setup) -> Variant:
     def run(ids: torch.Tensor, **options: Any) -> Any:
         log = package.trace(model, ids, save=wanted)
         kept.add([log[name].out for name in names])
-        return SimpleNamespace(logits=log["lm_head"].out)
+        return SimpleNamespace(logits=log["output_1"].out)
 
     return Variant("torchlens, memory", run, kept.block, len(names), kinds=("prefill",))
 
