@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from models import tokens
-from test_serving import Waits, files, in_flight, instrumented, make, until
+from test_serving import Waits, in_flight, instrumented, make
 from torch import nn
+from waiting import recordings, until
 
 from fx_instrument import InstrumentationError, Recorder, open_stream
 from fx_instrument.capture.session import Session
@@ -74,7 +75,7 @@ def test_a_folder_or_file_that_was_replaced(tmp_path: Path) -> None:
         until(lambda: not recorder._files.is_ending)
         recorder.start()
         model(tokens(1, 4))
-        (path,) = files(tmp_path / "r")
+        (path,) = recordings(tmp_path / "r")
         path.rename(tmp_path / "old")
         path.write_bytes(b"another's")
         until(lambda: not recorder.active)
@@ -89,7 +90,7 @@ def test_a_next_file_that_can_not_be_made(tmp_path: Path, monkeypatch: pytest.Mo
     """rotate() raises, and the recorder goes on with the file that it has."""
     model, framework = instrumented()
     with Recorder(framework, tmp_path / "r", min_free_bytes=0) as recorder:
-        (taken,) = files(tmp_path / "r")
+        (taken,) = recordings(tmp_path / "r")
         with monkeypatch.context() as patch:
             patch.setattr(recorder._files._folder, "next_path", lambda: taken)
             with pytest.raises(FileExistsError):
@@ -117,7 +118,7 @@ def test_calls_that_never_pause(tmp_path: Path) -> None:
     recorder.start()
     model(tokens(1, 4))
     recorder.close()
-    assert recorder.report.steps == 1 and len(files(tmp_path / "r")) == 1
+    assert recorder.report.steps == 1 and len(recordings(tmp_path / "r")) == 1
 
 
 def test_a_disk_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +143,7 @@ def test_a_disk_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         recorder.close(timeout_s=0.05)
     held.set()
     recorder._files._thread.join(60)
-    with open_stream(files(tmp_path / "r")[0]) as stream:
+    with open_stream(recordings(tmp_path / "r")[0]) as stream:
         assert stream.num_steps == 1
 
 
