@@ -21,6 +21,7 @@ from fx_instrument.stream import writer as writer_module
 from fx_instrument.stream.blocks import BLOCK_FIXED_BYTES, BlockHeader
 from fx_instrument.stream.codec import PageEncoder, decode_page
 from fx_instrument.stream.frames import BLOCK, CODEC_CODES, FRAME_HEAD, PROLOG, read_frame
+from fx_instrument.stream.payload import build_payload, stored_zstd_blocks
 from fx_instrument.stream.reader import StreamReader
 from fx_instrument.stream.records import DTYPES
 from fx_instrument.stream.segments import empty_frame_at, parse_block
@@ -118,6 +119,25 @@ def test_every_filter_is_undone(code: int) -> None:
     filters.Planes().join(code, planes, joined)
     assert np.array_equal(joined, page)
     assert second_reader.join(code, len(page), [plane.tobytes() for plane in planes]) == page.tobytes()
+
+
+@pytest.mark.parametrize("code", [code for code, widths in second_reader.WIDTHS.items() if len(widths) > 1])
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("count", [1, 65_536, 131_071, 131_072, 140_000, 524_288, 700_001])
+def test_planes_are_joined_where_they_are_stored(code: int, shift: int, count: int) -> None:
+    """In the raw blocks of zstd frames, at any address, pages of one piece and of several, some with a rest."""
+    page = np.frombuffer(
+        np.random.default_rng(count).bytes(count * sum(second_reader.WIDTHS[code])), np.uint8
+    )
+    planes = filters.Planes().split(code, [page], np.empty(len(page) + 64, np.uint8))
+    stored = []
+    for plane in planes:
+        frame = b"".join(map(bytes, build_payload("zstd", filters.PLAIN, [[plane]]).pieces))
+        memory = np.frombuffer(bytes(shift) + frame, np.uint8)
+        stored.append(stored_zstd_blocks(memory[shift:].data, len(plane)))
+    joined = np.zeros_like(page)
+    filters.Planes().join(code, stored, joined)
+    assert np.array_equal(joined, page)
 
 
 def test_a_file_of_the_version_before_is_gone_on_with(tmp_path: Path) -> None:

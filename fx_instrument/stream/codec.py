@@ -32,8 +32,8 @@ from .payload import (
     EncodedPage,
     Plane,
     build_payload,
+    stored_zstd_blocks,
     stored_zstd_bytes,
-    stored_zstd_chunks,
 )
 from .quantise import DTYPES as QUANTISABLE
 from .quantise import Layout, quantise, split_codes
@@ -133,6 +133,11 @@ class PageEncoder:
                 return encoded
         return self.encode(buffers, dtype, site=site)
 
+    def encode_directory(self, raw: bytes) -> tuple[int, bytes]:
+        """``(encoding, stored bytes)`` of a directory."""
+        data = self._zstd1.compress(raw) if self.codec == "zstd" else _lz4_compress(raw)
+        return (COMPRESSED, data) if len(data) < len(raw) else (STORED, raw)
+
     def _packed(self, filter_code: int, buffers: Sequence[U8]) -> EncodedPage:
         planes = self._planes.split(filter_code, buffers, self._scratch)
         return build_payload(self._family, filter_code, [[plane] for plane in planes])
@@ -219,12 +224,6 @@ def _pays(compress: Any, plane: U8) -> bool:
     return len(compress(sample.reshape(-1).data)) < 0.98 * sample.size
 
 
-def encode_directory(codec: str, raw: bytes) -> tuple[int, bytes]:
-    """``(encoding, stored bytes)`` of a directory."""
-    data = zstandard.ZstdCompressor(level=1).compress(raw) if codec == "zstd" else _lz4_compress(raw)
-    return (COMPRESSED, data) if len(data) < len(raw) else (STORED, raw)
-
-
 class _ThreadState(threading.local):
     def __init__(self) -> None:
         self.decompressor = zstandard.ZstdDecompressor()
@@ -288,7 +287,7 @@ def decode_page(header: BlockHeader, payload: memoryview, out: U8 | None = None)
     page = np.empty(header.raw_bytes, np.uint8) if out is None else out
     lz4_family = header.codec != CODEC_CODES["zstd"]
     sizes = filters.plane_sizes(header.filter, header.raw_bytes)
-    planes: list[U8 | list[U8]] = []
+    planes: list[filters.Plane] = []
     position = len(LZ4_FRAME_HEAD) if lz4_family else 0
     for size, stored_bytes, encoding in zip(sizes, header.plane_bytes, header.plane_encodings, strict=False):
         if lz4_family and stored_bytes:
@@ -300,14 +299,12 @@ def decode_page(header: BlockHeader, payload: memoryview, out: U8 | None = None)
         planes.append(_decode_plane(data, size, encoding, lz4_family))
     if header.filter != filters.PLAIN:
         _thread_state.planes.join(header.filter, planes, page)
-    elif isinstance(planes[0], np.ndarray):
-        np.copyto(page, planes[0])
-    elif planes[0]:
-        np.concatenate(planes[0], out=page)
+    else:
+        filters.joined(planes[0], page)
     return page
 
 
-def _decode_plane(data: memoryview, size: int | None, encoding: int, lz4_family: bool) -> U8 | list[U8]:
+def _decode_plane(data: memoryview, size: int | None, encoding: int, lz4_family: bool) -> filters.Plane:
     """A plane: decompressed, or views on a stored block or the raw blocks of a stored frame."""
     if encoding == COMPRESSED and size is not None:
         return np.frombuffer((_unlz4 if lz4_family else _unzstd)(data, size), np.uint8)
@@ -316,7 +313,7 @@ def _decode_plane(data: memoryview, size: int | None, encoding: int, lz4_family:
             f"this version does not know encoding {encoding} of a plane of {size} bytes"
         )
     if not lz4_family:
-        return stored_zstd_chunks(data, stored_zstd_bytes(len(data)) if size is None else size)
+        return stored_zstd_blocks(data, stored_zstd_bytes(len(data)) if size is None else size)
     if size is not None and len(data) != size:
         raise CorruptStreamError(f"a stored plane has {len(data)} bytes where {size} are due")
     return np.frombuffer(data, np.uint8)

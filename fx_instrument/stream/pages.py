@@ -96,7 +96,8 @@ class Arranged:
         return write_directory(self.rows, self.shapes)
 
     def sites(self) -> frozenset[int]:
-        return frozenset(np.unique(self.rows["site"]).tolist())
+        sites = self.rows["site"]
+        return frozenset([*sites[:1].tolist(), *sites[1:][sites[1:] != sites[:-1]].tolist()])
 
     def count(self, leave_out: frozenset[int]) -> tuple[int, int]:
         """``(records, bytes)`` of all but some sites; a record counts where it begins."""

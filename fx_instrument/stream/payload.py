@@ -41,7 +41,8 @@ LEAD_BYTES = len(LZ4_FRAME_HEAD) + LZ4_BLOCK_HEAD_BYTES
 """What stands before the values of a page that is stored in one piece."""
 _LZ4_STORED = 1 << 31
 _ZSTD_RAW_HEAD = struct.Struct("<4sBI")
-_ZSTD_BLOCK_BYTES = 128 << 10
+RAW_BLOCK_BYTES = 128 << 10
+"""Most that a block of a zstd frame holds."""
 _FETCH_BYTES, _LINE_BYTES = 128 << 10, 64
 
 
@@ -125,7 +126,7 @@ def _raw_zstd_frame(buffers: Iterable[U8], total: int) -> list[Piece]:
         start = 0
         while start < len(buffer):
             if not room:
-                room = min(left, _ZSTD_BLOCK_BYTES)
+                room = min(left, RAW_BLOCK_BYTES)
                 left -= room
                 pieces.append((room << 3 | (not left)).to_bytes(3, "little"))
             part = buffer[start : start + room]
@@ -137,24 +138,25 @@ def _raw_zstd_frame(buffers: Iterable[U8], total: int) -> list[Piece]:
     return pieces
 
 
-def stored_zstd_chunks(data: memoryview, plane_bytes: int) -> list[U8]:
-    """A plane in a hand-built zstd frame as views on its raw blocks, without the decompressor's two passes."""
-    position = _ZSTD_RAW_HEAD.size
-    chunks = []
-    for start in range(0, plane_bytes, _ZSTD_BLOCK_BYTES):
-        size = min(_ZSTD_BLOCK_BYTES, plane_bytes - start)
-        position += 3
-        if position + size > len(data):
-            raise CorruptStreamError("a stored plane is shorter than its page")
-        chunks.append(np.frombuffer(data, np.uint8, size, position))
-        position += size
-    return chunks
+def stored_zstd_blocks(data: memoryview, plane_bytes: int) -> tuple[U8, U8]:
+    """A plane in a hand-built zstd frame as views on its raw blocks, without the decompressor's two passes.
+
+    The whole blocks are rows, (blocks, ``RAW_BLOCK_BYTES``), the last one may be shorter.
+    """
+    num_whole, rest = divmod(plane_bytes, RAW_BLOCK_BYTES)
+    start, stride = _ZSTD_RAW_HEAD.size + 3, 3 + RAW_BLOCK_BYTES
+    if start + num_whole * stride + (rest or -3) > len(data):
+        raise CorruptStreamError("a stored plane is shorter than its page")
+    rows = np.empty((0, RAW_BLOCK_BYTES), np.uint8)
+    if num_whole:
+        rows = np.ndarray((num_whole, RAW_BLOCK_BYTES), np.uint8, data, start, (stride, 1))
+    return rows, np.frombuffer(data, np.uint8, rest, start + num_whole * stride if rest else 0)
 
 
 def stored_zstd_bytes(frame_bytes: int) -> int:
     """Raw bytes of a hand-built zstd frame of so many bytes."""
     rest = frame_bytes - _ZSTD_RAW_HEAD.size
-    blocks = max(1, -(-rest // (_ZSTD_BLOCK_BYTES + 3)))
+    blocks = max(1, -(-rest // (RAW_BLOCK_BYTES + 3)))
     if rest < 3 * blocks:
         raise CorruptStreamError(f"a zstd frame of raw blocks has {frame_bytes} bytes")
     return rest - 3 * blocks

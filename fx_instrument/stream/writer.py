@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import CaptureFailedError
 from .blocks import BlockHeader, Shape
-from .codec import PageEncoder, encode_directory
+from .codec import PageEncoder
 from .frames import CODEC_CODES, Prolog
 from .memory import DEFAULT_MEMORY_BYTES, plan_memory
 from .open_pages import OpenPages
@@ -32,7 +32,7 @@ class StreamWriter:
     thrown away after a failure). Records of a dtype collect in a page; a full or old page goes to a worker, which
     lays it out by site, compresses it and appends it when its turn comes. A failure of any thread is kept in
     ``failure`` and raised by ``close``. ``memory_bytes`` bounds what workers hold beside the records; the attribute
-    of that name says what they hold at most (never less than 2.1 MiB). ``target_bytes_per_s`` is the raw rate to
+    of that name says what they hold at most (never less than 2.6 MiB). ``target_bytes_per_s`` is the raw rate to
     hold: pages are compressed less where the best would not keep it; ``tiers`` says what was done. ``rank`` of
     ``world`` processes writes this file; ``created_ns`` (since 1970; None: now) orders the files of one rank.
 
@@ -283,7 +283,7 @@ class StreamWriter:
                 site=records.only_site(),
             )
         rows, raw_directory, num_shapes = records.rows, records.directory(), len(records.shapes)
-        directory_encoding, directory = encode_directory(self.codec, raw_directory)
+        directory_encoding, directory = encoder.encode_directory(raw_directory)
         steps = rows["step"]
         header = BlockHeader(
             codec=CODEC_CODES[self.codec],
