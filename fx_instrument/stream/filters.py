@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CorruptStreamError, UnsupportedStreamError
-from .packing import PIECE, Packer, unpack
+from .packing import Packer, unpack
 from .payload import RAW_BLOCK_BYTES
 from .quantise import join_codes, restore
 
@@ -117,7 +117,8 @@ class Planes:
 
     def __init__(self) -> None:
         self._scratch = np.empty(_AT_ONCE_BYTES, np.uint8)
-        self._aligned = np.empty(_AT_ONCE_BYTES // 2, np.uint8)
+        self._aligned = self._exponents = np.empty(_AT_ONCE_BYTES // 2, np.uint8)
+        self._packer: Packer | None = None
 
     def split(self, filter_code: int, buffers: Sequence[U8], scratch: U8) -> list[U8]:
         """The planes of the page whose bytes are ``buffers``, one after another, each of whole elements.
@@ -134,18 +135,16 @@ class Planes:
                 planes.append(scratch[start : start + size])
                 start += size
         outs = [plane.view(f"<u{width}") for plane, width in zip(planes, widths, strict=True)]
-        # What packs has a unit of its own.
-        length = PIECE if packed else _AT_ONCE_BYTES // element.itemsize
+        length = _AT_ONCE_BYTES // element.itemsize
         turned = self._scratch.view(element)[:length]
-        packer = Packer(self._scratch[-2 * PIECE :]) if packed else None
-        exponents = self._scratch[-3 * PIECE : -2 * PIECE]
+        packer = self._begin_packing() if packed else None
         bits = 8 * element.itemsize
         position = 0
         for values in _pieces(buffers, element, length):
             count = len(values)
             targets = [out[position : position + count] for out in outs]
             if packer is not None:
-                targets[0] = exponents[:count]
+                targets[0] = self._exponents[:count]
             if filter_code in _SIGNED:
                 self._split_signed(values, targets)
             else:
@@ -166,6 +165,12 @@ class Planes:
                 packer.pack(targets[0], outs[0][position // 2 : (position + count + 1) // 2])
             position += count
         return [*planes, packer.exceptions()] if packer is not None else planes
+
+    def _begin_packing(self) -> Packer:
+        if self._packer is None:
+            self._packer = Packer(len(self._exponents))
+        self._packer.begin()
+        return self._packer
 
     def _split_signed(
         self, values: npt.NDArray[np.unsignedinteger], outs: Sequence[npt.NDArray[Any]]

@@ -10,8 +10,8 @@ from .direct import staging_bytes
 
 DEFAULT_MEMORY_BYTES = 64 << 20
 MIN_PAGE_BYTES = 16 << 10
-WORKER_FIXED_BYTES = 5 << 19
-"""Of a worker: its two zstd contexts (1 MiB), the piece of a page that is split in one go (1 MiB), a directory."""
+WORKER_FIXED_BYTES = 7 << 19
+"""Of a worker: its two zstd contexts (1 MiB), what is split and packed in one go (2.5 MiB)."""
 WORKER_PAGES = 5
 """What a worker holds at most in pages: stacked, gathered, planes, compressed planes and the room zstd asks for."""
 MIN_MEMORY_BYTES = WORKER_PAGES * MIN_PAGE_BYTES + WORKER_FIXED_BYTES

@@ -3,10 +3,13 @@
 Of each piece of 32768 elements a top exponent t is chosen. An exponent e is the nibble t - e where that is from 0
 to 14, else 15. The nibbles of a piece of m elements are (m + 1) // 2 bytes: byte i holds element i low and element
 (m + 1) // 2 + i high (0 if there is none). The exceptions are the t of all pieces, then, in order, every exponent
-whose nibble is 15.
+whose nibble is 15. Many pieces are packed and unpacked at once, as rows: of one alone NumPy's calls would cost more
+than what they do.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -17,48 +20,100 @@ U8 = npt.NDArray[np.uint8]
 
 PIECE = 32768
 """Elements with one top."""
+_AT_ONCE = 16
+"""Pieces."""
 _EXCEPTION = 15
+_FEW = PIECE >> 6
+"""With more exceptions, and a quarter more than the last best top left, a better top is looked for."""
 
 
 class Packer:
-    """Exponents to nibbles, piece by piece, and what does not fit in them."""
+    """Exponents to nibbles, and what does not fit in them.
 
-    def __init__(self, scratch: U8) -> None:
-        self._codes = scratch[:PIECE]
-        self._mask = scratch[PIECE : 2 * PIECE]
-        self._tops = bytearray()
+    Args:
+        count: the most exponents that come at once.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._codes = np.empty(count, np.uint8)
+        self._mask = np.empty(count, np.bool_)
+        self._tops: list[int] = []
         self._escaped: list[U8] = []
-        self._top: int | None = None
+        self._top = 0
+        self._usual = _FEW
+
+    def begin(self) -> None:
+        """A page."""
+        self._tops.clear()
+        self._escaped.clear()
+        self._usual = _FEW
 
     def pack(self, exponents: U8, nibbles: U8) -> None:
-        count = len(exponents)
-        codes, mask = self._codes[:count], self._mask[:count]
-        if self._top is None:
-            self._top = _best_top(exponents)
-        np.subtract(np.uint8(self._top), exponents, out=codes)
-        np.greater_equal(codes, _EXCEPTION, out=mask.view(np.bool_))
-        num_escaped = int(np.count_nonzero(mask.view(np.bool_)))
-        self._tops.append(self._top)
+        """The next pieces of a page, all whole, or but for its last one."""
+        for start, num_pieces, length in _rows(len(exponents)):
+            end, half = start + num_pieces * length, (length + 1) // 2
+            first = start // 2
+            self._pack(
+                exponents[start:end].reshape(num_pieces, length),
+                nibbles[first : first + num_pieces * half].reshape(num_pieces, half),
+            )
+
+    def _pack(self, exponents: U8, nibbles: U8) -> None:
+        num_pieces, length = exponents.shape
+        codes = self._codes[: exponents.size].reshape(exponents.shape)
+        mask = self._mask[: exponents.size].reshape(exponents.shape)
+        if not self._tops:
+            self._top = _best_top(exponents[0])
+        top = self._top
+        self._code(exponents, codes, mask)
+        num_escaped = 0
+        for row in range(num_pieces):
+            if self._top != top:
+                self._code(exponents[row], codes[row], mask[row])
+            found = int(np.count_nonzero(mask[row]))
+            if found > self._usual:
+                best = _best_top(exponents[row])
+                if best != self._top:
+                    self._top = best
+                    self._code(exponents[row], codes[row], mask[row])
+                    found = int(np.count_nonzero(mask[row]))
+                self._usual = max(_FEW, found + (found >> 2))
+            self._tops.append(self._top)
+            num_escaped += found
         if num_escaped:
-            self._escaped.append(_escaped(exponents, mask, num_escaped))
-            # 0 or 255; np.minimum(codes, 15) takes ten times as long.
-            np.negative(mask, out=mask)
-            np.bitwise_or(codes, mask, out=codes)
+            self._escaped.append(_escaped(exponents.reshape(-1), mask.reshape(-1), num_escaped))
+            # 0 or 255; np.minimum(codes, 15) takes five times as long.
+            fill = mask.view(np.uint8)
+            np.negative(fill, out=fill)
+            np.bitwise_or(codes, fill, out=codes)
             np.bitwise_and(codes, 15, out=codes)
-            if num_escaped > count >> 6:
-                self._top = None
-        half = (count + 1) // 2
-        high = mask[:half]
-        high[-1] = 0
-        np.copyto(high[: count - half], codes[half:])
-        # Bytes below 16 shift in wider words as well; NumPy's shift of bytes is slow.
-        wide = high[: half & ~7].view(np.uint64)
-        np.left_shift(wide, 4, out=wide)
-        np.left_shift(high[half & ~7 :], 4, out=high[half & ~7 :])
-        np.bitwise_or(codes[:half], high, out=nibbles)
+        half = nibbles.shape[1]
+        low, high = codes[:, :half], codes[:, half:]
+        shifted = mask.view(np.uint8)[:, :half]
+        if length % 4:
+            np.left_shift(high, 4, out=shifted[:, : length - half])
+            shifted[:, length - half :] = 0
+        else:
+            # Bytes below 16 are shifted in wider words as well; NumPy's shift of bytes is slow.
+            np.multiply(high.view(np.uint16), np.uint16(16), out=shifted.view(np.uint16))
+        np.bitwise_or(low, shifted, out=nibbles)
+
+    def _code(self, exponents: U8, codes: U8, mask: npt.NDArray[np.bool_]) -> None:
+        np.subtract(np.uint8(self._top), exponents, out=codes)
+        np.greater_equal(codes, _EXCEPTION, out=mask)
 
     def exceptions(self) -> U8:
-        return np.concatenate([np.frombuffer(bytes(self._tops), np.uint8), *self._escaped])
+        """Of the page: the tops of its pieces, and the exponents that did not fit."""
+        return np.concatenate([np.array(self._tops, np.uint8), *self._escaped])
+
+
+def _rows(count: int) -> Iterator[tuple[int, int, int]]:
+    """``(start, pieces, elements of each)`` of some pieces at a time; what is left is the last one, alone."""
+    whole = count - count % PIECE
+    for start in range(0, whole, _AT_ONCE * PIECE):
+        yield start, min(_AT_ONCE, (whole - start) // PIECE), PIECE
+    if whole < count:
+        yield whole, 1, count - whole
 
 
 def _best_top(exponents: U8) -> int:
@@ -68,18 +123,18 @@ def _best_top(exponents: U8) -> int:
     return int(np.argmax(sums[_EXCEPTION:] - sums[:-_EXCEPTION]))
 
 
-def _escaped(exponents: U8, mask: U8, num_escaped: int) -> U8:
+def _escaped(exponents: U8, mask: npt.NDArray[np.bool_], num_escaped: int) -> U8:
     """The exponents under the mask, in order: eight at a time, as few words have any."""
     whole = len(mask) & ~7
     if num_escaped > len(mask) >> 4:
-        return exponents[mask.view(np.bool_)]
+        return exponents[mask]
     words = _words_with_any(mask)
     some = exponents[:whole].view(np.uint64)[words].view(np.uint8)
-    rest = exponents[whole:][mask[whole:].view(np.bool_)]
+    rest = exponents[whole:][mask[whole:]]
     return np.concatenate([some[mask[:whole].view(np.uint64)[words].view(np.bool_)], rest])
 
 
-def _words_with_any(mask: U8) -> npt.NDArray[np.intp]:
+def _words_with_any(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:
     """Which words of eight flags have one set; comparing first is three times as fast as nonzero on words."""
     words: npt.NDArray[np.intp] = (mask[: len(mask) & ~7].view(np.uint64) != 0).nonzero()[0]
     return words
@@ -93,38 +148,36 @@ def unpack(nibbles: U8, exceptions: U8, count: int) -> U8:
     tops, escaped = exceptions[:num_pieces], exceptions[num_pieces:]
     exponents = np.empty(count, np.uint8)
     taken = 0
-    for number, start in enumerate(range(0, count, PIECE)):
-        piece = exponents[start : start + PIECE]
-        half = (len(piece) + 1) // 2
-        stored = nibbles[start // 2 : start // 2 + half]
-        np.bitwise_and(stored, 15, out=piece[:half])
-        np.copyto(piece[half:], _high_nibbles(stored)[: len(piece) - half])
-        mask = np.equal(piece, _EXCEPTION)
-        np.subtract(tops[number], piece, out=piece)
+    for start, num_rows, length in _rows(count):
+        end, half, first = start + num_rows * length, (length + 1) // 2, start // 2
+        rows = exponents[start:end].reshape(num_rows, length)
+        stored = nibbles[first : first + num_rows * half].reshape(num_rows, half)
+        np.bitwise_and(stored, 15, out=rows[:, :half])
+        high = np.bitwise_and(stored, 0xF0)
+        if half % 2:
+            np.right_shift(high, 4, out=high)
+        else:
+            words = high.view(np.uint16)
+            np.right_shift(words, 4, out=words)
+        np.copyto(rows[:, half:], high[:, : length - half])
+        codes = exponents[start:end]
+        mask = np.equal(codes, _EXCEPTION)
+        np.subtract(tops[start // PIECE :][:num_rows, None], rows, out=rows)
         if num_escaped := int(np.count_nonzero(mask)):
             if taken + num_escaped > len(escaped):
                 raise CorruptStreamError("a packed page lacks exponents")
-            if num_escaped > len(piece) >> 4:
-                places = mask.nonzero()[0]
-            else:
-                words = _words_with_any(mask.view(np.uint8))
-                inside = np.concatenate([(8 * words[:, None] + np.arange(8)).ravel(), _rest(len(piece))])
-                places = inside[mask[inside]]
-            piece[places] = escaped[taken : taken + num_escaped]
+            codes[_places(mask, num_escaped)] = escaped[taken : taken + num_escaped]
             taken += num_escaped
     if taken != len(escaped):
         raise CorruptStreamError("a packed page has exponents left over")
     return exponents
 
 
-def _rest(count: int) -> npt.NDArray[np.intp]:
-    """The places behind the last whole word of eight."""
-    return np.arange(count & ~7, count)
-
-
-def _high_nibbles(stored: U8) -> U8:
-    padded = np.zeros(-(-len(stored) // 8) * 8, np.uint8)
-    np.bitwise_and(stored, 0xF0, out=padded[: len(stored)])
-    words = padded.view(np.uint64)
-    np.right_shift(words, 4, out=words)
-    return padded
+def _places(mask: npt.NDArray[np.bool_], num_set: int) -> npt.NDArray[np.intp]:
+    """Where the mask is set, in order."""
+    if num_set > len(mask) >> 4:
+        return np.flatnonzero(mask)
+    rest = np.arange(len(mask) & ~7, len(mask))
+    inside = np.concatenate([(8 * _words_with_any(mask)[:, None] + np.arange(8)).ravel(), rest])
+    places: npt.NDArray[np.intp] = inside[mask[inside]]
+    return places
