@@ -82,7 +82,7 @@ class PageEncoder:
         self._choices = Choices() if choices is None else choices
         self._gathered = np.empty(page_bytes if codec != "none" else 0, np.uint8)
         self._scratch = np.empty(page_bytes + 64 if codec != "none" else 0, np.uint8)
-        self._planes = filters.Planes()
+        self._planes = filters.Planes(page_bytes)
         self._huffman = zstandard.ZstdCompressor(compression_params=_HUFFMAN_ONLY)
         self._zstd1 = zstandard.ZstdCompressor(level=1)
         self.typical = False

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CorruptStreamError, UnsupportedStreamError
+from .blocks import MAX_PAGE_BYTES
 from .packing import Packer, unpack
 from .payload import RAW_BLOCK_BYTES
 from .quantise import join_codes, restore
@@ -66,7 +67,7 @@ _PACKED = (PACKED16, PACKED32)
 _SIGNED = (SIGNED16, SIGNED32)
 _SIGN_AND_MANTISSA = np.uint16(0x807F)
 """Of a bfloat16, and of the upper half of a float32."""
-_AT_ONCE_BYTES = 8 * RAW_BLOCK_BYTES
+AT_ONCE_BYTES = 8 * RAW_BLOCK_BYTES
 """So many bytes of a page are split or joined in one go. Each NumPy call lets go of the interpreter's lock and asks for
 it again, and threads that ask at once wait for each other: two that read had 1.36 times the speed of one at 256 KiB,
 1.75 at 512 KiB, 1.87 at 1 MiB, where one is 4 % slower. Calls that cast on their way are fewer, too."""
@@ -113,11 +114,16 @@ def plane_sizes(filter_code: int, raw_bytes: int) -> tuple[int | None, ...]:
 
 
 class Planes:
-    """Splits pages into planes, and joins them, in scratch memory that it keeps: one for each thread."""
+    """Splits pages into planes, and joins them, in scratch memory that it keeps: one for each thread.
 
-    def __init__(self) -> None:
-        self._scratch = np.empty(_AT_ONCE_BYTES, np.uint8)
-        self._aligned = self._exponents = np.empty(_AT_ONCE_BYTES // 2, np.uint8)
+    Args:
+        page_bytes: the largest page.
+    """
+
+    def __init__(self, page_bytes: int = MAX_PAGE_BYTES) -> None:
+        at_once = min(AT_ONCE_BYTES, -(-page_bytes // 8) * 8)
+        self._scratch = np.empty(at_once, np.uint8)
+        self._aligned = self._exponents = np.empty(at_once // 2, np.uint8)
         self._packer: Packer | None = None
 
     def split(self, filter_code: int, buffers: Sequence[U8], scratch: U8) -> list[U8]:
@@ -135,7 +141,7 @@ class Planes:
                 planes.append(scratch[start : start + size])
                 start += size
         outs = [plane.view(f"<u{width}") for plane, width in zip(planes, widths, strict=True)]
-        length = _AT_ONCE_BYTES // element.itemsize
+        length = len(self._scratch) // element.itemsize
         turned = self._scratch.view(element)[:length]
         packer = self._begin_packing() if packed else None
         bits = 8 * element.itemsize
@@ -200,7 +206,7 @@ class Planes:
             nibbles, exceptions = joined(planes[0]), joined(planes[-1])
             planes = [unpack(nibbles, exceptions, len(page) // element.itemsize), *planes[1:-1]]
         target = page.view(element)
-        piece = _AT_ONCE_BYTES // element.itemsize
+        piece = len(self._scratch) // element.itemsize
         # Products in place of left shifts, whose count NumPy checks.
         shifts = [element.type(1 << 8 * width) for width in widths]
         for start in range(0, len(target), piece):

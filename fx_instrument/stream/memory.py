@@ -7,14 +7,22 @@ from dataclasses import dataclass
 
 from .blocks import MAX_PAGE_BYTES
 from .direct import staging_bytes
+from .filters import AT_ONCE_BYTES
 
 DEFAULT_MEMORY_BYTES = 64 << 20
 MIN_PAGE_BYTES = 16 << 10
-WORKER_FIXED_BYTES = 7 << 19
-"""Of a worker: its two zstd contexts (1 MiB), what is split and packed in one go (2.5 MiB)."""
+WORKER_FIXED_BYTES = 3 << 19
+"""Of a worker: its two zstd contexts (1 MiB), a directory."""
 WORKER_PAGES = 5
 """What a worker holds at most in pages: stacked, gathered, planes, compressed planes and the room zstd asks for."""
-MIN_MEMORY_BYTES = WORKER_PAGES * MIN_PAGE_BYTES + WORKER_FIXED_BYTES
+
+
+def worker_bytes(page_bytes: int) -> int:
+    """What a worker holds at most; a page is split, and its exponents are packed, so much at a time."""
+    return WORKER_FIXED_BYTES + WORKER_PAGES * page_bytes + 5 * min(page_bytes, AT_ONCE_BYTES) // 2
+
+
+MIN_MEMORY_BYTES = worker_bytes(MIN_PAGE_BYTES)
 """The least that a writer works with: one worker, the smallest pages."""
 
 
@@ -30,9 +38,7 @@ class MemoryPlan:
     @property
     def total_bytes(self) -> int:
         workers = self.num_workers + self.last_help
-        return workers * (WORKER_PAGES * self.page_bytes + WORKER_FIXED_BYTES) + staging_bytes(
-            self.page_bytes
-        )
+        return workers * worker_bytes(self.page_bytes) + staging_bytes(self.page_bytes)
 
 
 def plan_memory(memory_bytes: int, num_workers: int | None, page_bytes: int | None) -> MemoryPlan:
@@ -46,11 +52,14 @@ def plan_memory(memory_bytes: int, num_workers: int | None, page_bytes: int | No
         raise ValueError(f"num_workers must be at least 1, got {num_workers!r}")
     if num_workers is None:
         num_workers = max(1, min(4, len(os.sched_getaffinity(0)) // 2))
-        while num_workers > 1 and num_workers * (WORKER_FIXED_BYTES + (WORKER_PAGES << 20)) > memory_bytes:
+        while num_workers > 1 and num_workers * worker_bytes(1 << 20) > memory_bytes:
             num_workers -= 1
     if page_bytes is None:
         # Five quarters of a page bring blocks together for the disk, whoever writes.
-        room = 4 * (memory_bytes - num_workers * WORKER_FIXED_BYTES) // (4 * WORKER_PAGES * num_workers + 5)
+        room = 4 * (memory_bytes - num_workers * WORKER_FIXED_BYTES)
+        split = 5 * num_workers * AT_ONCE_BYTES // 2
+        pages = 4 * WORKER_PAGES * num_workers + 5
+        room = max((room - 4 * split) // pages, min(AT_ONCE_BYTES, room // (pages + 10 * num_workers)))
         page_bytes = max(MIN_PAGE_BYTES, min(MAX_PAGE_BYTES, room // 4096 * 4096))
     plan = MemoryPlan(num_workers, page_bytes, True)
     fits = plan.total_bytes <= memory_bytes and num_workers < len(os.sched_getaffinity(0))

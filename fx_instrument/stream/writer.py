@@ -32,7 +32,7 @@ class StreamWriter:
     thrown away after a failure). Records of a dtype collect in a page; a full or old page goes to a worker, which
     lays it out by site, compresses it and appends it when its turn comes. A failure of any thread is kept in
     ``failure`` and raised by ``close``. ``memory_bytes`` bounds what workers hold beside the records; the attribute
-    of that name says what they hold at most (never less than 3.6 MiB). ``target_bytes_per_s`` is the raw rate to
+    of that name says what they hold at most (never less than 1.7 MiB). ``target_bytes_per_s`` is the raw rate to
     hold: pages are compressed less where the best would not keep it; ``tiers`` says what was done. ``rank`` of
     ``world`` processes writes this file; ``created_ns`` (since 1970; None: now) orders the files of one rank.
 
