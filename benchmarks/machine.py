@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import resource
+import sys
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fx_instrument.stream.codec import backend_versions
 
 
 def processor() -> str:
@@ -20,3 +28,18 @@ def resident(field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise LookupError(f"/proc/self/status has no {field}")
+
+
+def versions() -> dict[str, Any]:
+    """The command that this process was started with, the machine, and what reads and writes files on it."""
+    spec = sys.modules["__main__"].__spec__
+    return {
+        "command": f"python -m {spec.name if spec else '?'} {' '.join(sys.argv[1:])}".rstrip(),
+        "cpu": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        **backend_versions(),
+    }

@@ -47,7 +47,9 @@ from fx_instrument.stream.reader import StreamReader
 from fx_instrument.stream.records import RecordMeta
 from fx_instrument.stream.writer import StreamWriter
 
-from .stream import Data, Described, Meter, Step, kept_data, repeated, synthetic_data, versions
+from .machine import versions
+from .stream import Meter
+from .stream_values import Data, Described, Step, kept_data, repeated, synthetic_data
 
 PEER_VERSION = "1.3.1"
 MAX_MEMORY_BYTES = 1_000_000_000

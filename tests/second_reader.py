@@ -35,7 +35,10 @@ WIDTHS = {
     7: (1, 1, 2),
     11: (1, 1),
     12: (1, 1, 2),
+    13: (1, 1),
+    14: (1, 1, 2),
 }
+PACKED = (6, 7, 13, 14)
 TAGS = {
     0x184D2A50: b"FXSTREAM",
     0x184D2A51: b"FXSITES\0",
@@ -164,7 +167,7 @@ def planes(
     elif code:
         count = raw_bytes // sum(WIDTHS[code])
         sizes = [width * count for width in WIDTHS[code]]
-        if code in (6, 7):
+        if code in PACKED:
             sizes = [(count + 1) // 2, *sizes[1:], None]
     else:
         sizes = [raw_bytes]
@@ -189,7 +192,7 @@ def join(code: int, raw_bytes: int, parts: list[bytes]) -> bytes:
     widths = WIDTHS[code]
     bits = 8 * sum(widths)
     count = raw_bytes // sum(widths)
-    if code in (6, 7):
+    if code in PACKED:
         parts = [exponents(parts[0], parts[-1], count), *parts[1:-1]]
     page = bytearray()
     for number in range(count):
@@ -199,7 +202,7 @@ def join(code: int, raw_bytes: int, parts: list[bytes]) -> bytes:
             value = value << 8 * width | int.from_bytes(part, "little")
         if code in (2, 4, 6, 7):
             value = value >> 1 | (value & 1) << (bits - 1)
-        if code in (11, 12):
+        if code in (11, 12, 13, 14):
             exponent, sign = value >> (bits - 8), value >> (bits - 9) & 1
             value = sign << (bits - 1) | exponent << (bits - 9) | value & ((1 << bits - 9) - 1)
         page += value.to_bytes(bits // 8, "little")

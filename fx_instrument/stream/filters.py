@@ -45,6 +45,11 @@ SIGNED16 = 11
 five passes over the page instead of seven."""
 SIGNED32 = 12
 """float32: exponents, signs and mantissas' first bits (bit 31 above bits 16-22), bits 0-15."""
+PACKED_SIGNED16 = 13
+"""SIGNED16 with the exponents in four bits each (packing.py): planes nibbles, signs and mantissas, exceptions."""
+PACKED_SIGNED32 = 14
+"""SIGNED32 with the exponents in four bits each: planes nibbles, signs and mantissas' first bits, bits 0-15,
+exceptions."""
 
 QUANTISED = {"float32": 8, "bfloat16": 9, "float16": 10}
 """Values with a bounded error (quantise.py): high bytes of the codes, low bytes, steps and rows kept as they are."""
@@ -61,10 +66,12 @@ _WIDTHS: dict[int, tuple[int, ...]] = {
     PACKED32: (1, 1, 2),
     SIGNED16: (1, 1),
     SIGNED32: (1, 1, 2),
+    PACKED_SIGNED16: (1, 1),
+    PACKED_SIGNED32: (1, 1, 2),
 }
 _ROTATED = (ROTATED16, ROTATED32, PACKED16, PACKED32)
-_PACKED = (PACKED16, PACKED32)
-_SIGNED = (SIGNED16, SIGNED32)
+_PACKED = (PACKED16, PACKED32, PACKED_SIGNED16, PACKED_SIGNED32)
+_SIGNED = (SIGNED16, SIGNED32, PACKED_SIGNED16, PACKED_SIGNED32)
 _SIGN_AND_MANTISSA = np.uint16(0x807F)
 """Of a bfloat16, and of the upper half of a float32."""
 AT_ONCE_BYTES = 8 * RAW_BLOCK_BYTES
@@ -81,7 +88,7 @@ _SPLIT_OF = {
     "float64": SPLIT64,
     "complex128": SPLIT64,
 }
-_PACKED_OF = {"bfloat16": PACKED16, "float32": PACKED32, "complex64": PACKED32}
+_PACKED_OF = {"bfloat16": PACKED_SIGNED16, "float32": PACKED_SIGNED32, "complex64": PACKED_SIGNED32}
 
 
 def split_filter(dtype: str) -> int:

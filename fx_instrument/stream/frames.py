@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 from ..errors import CorruptStreamError, TruncatedStreamError, UnsupportedStreamError
 from .records import SiteEntry
 
-VERSION = (1, 1)
+VERSION = (1, 2)
 ALIGNMENT = 64
 """Values of uncompressed payloads, and segments, start at multiples of this, so that mapped values are aligned."""
 
