@@ -41,7 +41,7 @@ class MappedFile:
 
     def verify(self) -> list[Damage]:
         """Verify every checksum of the file, and the index against the blocks; empty if all is well."""
-        recovery = recover_segments(self.data)
+        recovery = recover_segments(self.map)
         damage = list(recovery.damage)
         for segment, walked in zip(self.segments, recovery.segments, strict=False):
             if not damage and segment.block_offsets.tolist() != walked.block_offsets.tolist():
@@ -70,7 +70,7 @@ def map_file(path: AnyPath, *, recover: bool) -> MappedFile:
     found = MappedFile(name, mapped, memoryview(mapped).toreadonly(), [], [])
     try:
         if recover:
-            recovery = recover_segments(found.data)
+            recovery = recover_segments(mapped)
             found.segments, damage = recovery.segments, recovery.damage
         else:
             found.segments = open_segments(found.data)

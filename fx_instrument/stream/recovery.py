@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ from .frames import (
 )
 from .index import PartialKey, read_index
 from .payload import EMPTY_LZ4_FRAME, EMPTY_ZSTD_FRAME
+from .read_ahead import ReadAhead
 from .records import Damage, SiteEntry
 from .segments import Block, Segment, empty_frame_at, parse_block, read_prolog
 
@@ -146,8 +148,8 @@ class Recovery:
     """Of the last segment, if asked for."""
 
 
-def recover_segments(data: memoryview, *, keep_blocks: bool = False) -> Recovery:
-    """Everything that is readable of a file, whole or not; every checksum of it was verified.
+def recover_segments(mapped: mmap.mmap, *, keep_blocks: bool = False) -> Recovery:
+    """Everything that is readable of a mapped file, whole or not; every checksum of it was verified.
 
     Walks from the front. A block counts if its header, directory and payload hold. A bad payload costs its block;
     after a bad header the walk goes on at the next good one.
@@ -155,12 +157,13 @@ def recover_segments(data: memoryview, *, keep_blocks: bool = False) -> Recovery
     Raises:
         NotAStreamError, TruncatedStreamError, CorruptStreamError: there is no segment in the file at all.
     """
-    return _Recoverer(data, keep_blocks).run()
+    return _Recoverer(memoryview(mapped).toreadonly(), ReadAhead(mapped), keep_blocks).run()
 
 
 class _Recoverer:
-    def __init__(self, data: memoryview, keep_blocks: bool) -> None:
+    def __init__(self, data: memoryview, read_ahead: ReadAhead, keep_blocks: bool) -> None:
         self.data = data
+        self.read_ahead = read_ahead
         self.keep_blocks = keep_blocks
         self.blocks: list[Block] = []
         self.segments: list[Segment] = []
@@ -171,6 +174,7 @@ class _Recoverer:
     def run(self) -> Recovery:
         position = 0
         while position < len(self.data):
+            self.read_ahead(position)
             try:
                 position = self._step(position)
             except UnsupportedStreamError:

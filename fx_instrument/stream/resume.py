@@ -71,9 +71,7 @@ def _resume(fd: int, codec: str) -> Resumed | None:
     if not size:
         return None
     try:
-        recovery = recover_segments(
-            memoryview(mmap.mmap(fd, size, access=mmap.ACCESS_READ)), keep_blocks=True
-        )
+        recovery = recover_segments(mmap.mmap(fd, size, access=mmap.ACCESS_READ), keep_blocks=True)
     except TruncatedStreamError:
         return None
     segment = recovery.segments[-1]

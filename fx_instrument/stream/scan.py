@@ -12,6 +12,7 @@ import numpy.typing as npt
 from ..errors import CorruptStreamError
 from .ahead import done_ahead
 from .mapped import MappedFile, PlacedSegment
+from .read_ahead import ReadAhead
 from .refs import RecordRef
 from .segments import Block
 
@@ -86,8 +87,10 @@ class Scan:
     def _jobs(self) -> Iterator[_Job]:
         """What is to decode: pages with whole records, and records whose last part was met."""
         for number, placed in enumerate(self._placed):
+            read_ahead = ReadAhead(placed.file.map)
             pending: dict[tuple[int, int, int], list[tuple[int, int, tuple[int, int]]]] = {}
-            for position in range(len(placed.segment.block_offsets)):
+            for position, offset in enumerate(placed.segment.block_offsets.tolist()):
+                read_ahead(offset)
                 block = self._block(number, position)
                 rows, directory = self._known_rows(number, block), block.directory
                 dues = directory.record_sizes(block.header.dtype_name)[rows["shape"]]
