@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -91,10 +92,13 @@ def copy_of_input(value: torch.Tensor) -> torch.Tensor:
     On the host without a torch operation, which would let go of the interpreter's lock: the drain thread, that the step
     before has woken, holds it for as long as its work takes (0.2 ms in each step of a toy).
     """
-    if type(value) is not torch.Tensor or value.device.type != "cpu":
-        return value.detach().clone(memory_format=torch.contiguous_format)
-    array = value.numpy()
-    return torch.from_numpy(np.frombuffer(bytearray(array.tobytes()), array.dtype).reshape(array.shape))
+    if type(value) is torch.Tensor and value.device.type == "cpu":
+        # A function transform's is a wrapper without memory.
+        with contextlib.suppress(RuntimeError):
+            array = value.numpy()
+            copy = np.frombuffer(bytearray(array.tobytes()), array.dtype)
+            return torch.from_numpy(copy.reshape(array.shape))
+    return value.detach().clone(memory_format=torch.contiguous_format)
 
 
 class _Memory:
@@ -122,4 +126,11 @@ def host_bytes(value: torch.Tensor) -> npt.NDArray[np.uint8]:
         value = torch.view_as_real(value.detach().resolve_conj()) if value.is_complex() else value.detach()
         value = value.contiguous()
     num_bytes = value.nbytes
-    return np.asarray(_Memory(value, num_bytes)) if num_bytes else np.zeros(0, np.uint8)
+    if not num_bytes:
+        return np.zeros(0, np.uint8)
+    try:
+        memory = _Memory(value, num_bytes)
+    except RuntimeError:
+        array: npt.NDArray[np.uint8] = value.detach().view(-1).view(torch.uint8).numpy()
+        return array
+    return np.asarray(memory)
