@@ -20,7 +20,7 @@ from .handover import Cut, Delivery
 from .pinned import CopyEngine, Landing
 from .report import CaptureReport
 from .steps import SiteLike, Steps
-from .transfer import Transfer, copy_of_input, device_of
+from .transfer import Transfer, device_of
 
 _PACKING_FROM_BYTES = 1 << 20
 """A buffer below this packs nothing: a sixteenth of it would take no graph run."""
@@ -252,7 +252,7 @@ class Session:
                 self._dropped_inputs += 1
             return
         # The caller may change its inputs while the copies are on their way.
-        values = [copy_of_input(value) for value in inputs.values()]
+        values = [value.detach().clone(memory_format=torch.contiguous_format) for value in inputs.values()]
         self._hand_over(
             ticket, Delivery(number, list(inputs), [0] * len(inputs), values, None, total, is_input=True)
         )

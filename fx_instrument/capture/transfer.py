@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -86,51 +85,10 @@ def device_of(values: Sequence[torch.Tensor]) -> torch.device | None:
     return next((value.device for value in values if value.device.type == "cuda"), None)
 
 
-def copy_of_input(value: torch.Tensor) -> torch.Tensor:
-    """A copy of an integer tensor, of its own and contiguous, where it is.
-
-    On the host without a torch operation, which would let go of the interpreter's lock: the drain thread, that the step
-    before has woken, holds it for as long as its work takes (0.2 ms in each step of a toy).
-    """
-    if type(value) is torch.Tensor and value.device.type == "cpu":
-        # A function transform's is a wrapper without memory.
-        with contextlib.suppress(RuntimeError):
-            array = value.numpy()
-            copy = np.frombuffer(bytearray(array.tobytes()), array.dtype)
-            return torch.from_numpy(copy.reshape(array.shape))
-    return value.detach().clone(memory_format=torch.contiguous_format)
-
-
-class _Memory:
-    """A host tensor as NumPy takes it, which keeps it alive."""
-
-    __slots__ = ("__array_interface__", "_tensor")
-
-    def __init__(self, tensor: torch.Tensor, num_bytes: int) -> None:
-        self._tensor = tensor
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": "|u1",
-            "shape": (num_bytes,),
-            "data": (tensor.data_ptr(), False),
-        }
-
-
 def host_bytes(value: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """The bytes of a host tensor in row-major order, 1-D; a view that keeps the tensor's memory alive.
-
-    Of a contiguous tensor without a torch operation: each lets go of the interpreter's lock, which the model's thread
-    then takes and has to be waited for, value by value.
-    """
-    if not value.is_contiguous() or value.is_complex():
-        value = torch.view_as_real(value.detach().resolve_conj()) if value.is_complex() else value.detach()
-        value = value.contiguous()
-    num_bytes = value.nbytes
-    if not num_bytes:
+    """The bytes of a host tensor in row-major order, 1-D; a view that keeps the tensor's memory alive."""
+    flat = value.detach().contiguous().view(-1)
+    if flat.numel() == 0:
         return np.zeros(0, np.uint8)
-    try:
-        memory = _Memory(value, num_bytes)
-    except RuntimeError:
-        array: npt.NDArray[np.uint8] = value.detach().view(-1).view(torch.uint8).numpy()
-        return array
-    return np.asarray(memory)
+    array: npt.NDArray[np.uint8] = flat.view(torch.uint8).numpy()
+    return array

@@ -2,8 +2,8 @@
 
 Floats are noise in sign and mantissa, and narrow in the exponent: cut into planes of bytes, the plane with the
 exponent compresses to its entropy and the others are best left alone. A plane holds the same bytes of all
-elements of a page, in page order. Everything runs in pieces through buffers that stay in the L2 cache (three times
-as fast as over a whole page), in NumPy calls that release the GIL.
+elements of a page, in page order. Everything runs in pieces, through buffers of their size, in NumPy calls that release
+the GIL.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ PACKED16 = 6
 PACKED32 = 7
 """ROTATED32 with the exponents in four bits each: planes nibbles, bits 16-23, bits 0-15, exceptions."""
 SIGNED16 = 11
-"""bfloat16: exponents, then signs and mantissas (bit 15 above bits 0-6). As compressible as ROTATED16, and joined in
-five passes over the page instead of seven."""
+"""bfloat16: exponents, then signs and mantissas (bit 15 above bits 0-6). As compressible as ROTATED16, and split and
+joined in fewer passes."""
 SIGNED32 = 12
 """float32: exponents, signs and mantissas' first bits (bit 31 above bits 16-22), bits 0-15."""
 PACKED_SIGNED16 = 13
@@ -76,8 +76,8 @@ _SIGN_AND_MANTISSA = np.uint16(0x807F)
 """Of a bfloat16, and of the upper half of a float32."""
 AT_ONCE_BYTES = 8 * RAW_BLOCK_BYTES
 """So many bytes of a page are split or joined in one go. Each NumPy call lets go of the interpreter's lock and asks for
-it again, and threads that ask at once wait for each other: two that read had 1.36 times the speed of one at 256 KiB,
-1.75 at 512 KiB, 1.87 at 1 MiB, where one is 4 % slower. Calls that cast on their way are fewer, too."""
+it again, and threads that ask at once wait for each other (docs/performance.md), so calls are few and large, and cast
+on their way."""
 
 _SPLIT_OF = {
     "bfloat16": SIGNED16,
@@ -130,8 +130,9 @@ class Planes:
     def __init__(self, page_bytes: int = MAX_PAGE_BYTES) -> None:
         at_once = min(AT_ONCE_BYTES, -(-page_bytes // 8) * 8)
         self._scratch = np.empty(at_once, np.uint8)
-        self._aligned = self._exponents = np.empty(at_once // 2, np.uint8)
-        self._packer: Packer | None = None
+        self._half = np.empty(at_once // 2, np.uint8)
+        """Exponents that are to be packed; what is copied to be aligned or in one piece, to be joined."""
+        self._packing = np.empty(at_once // 2 * 2, np.uint8)
 
     def split(self, filter_code: int, buffers: Sequence[U8], scratch: U8) -> list[U8]:
         """The planes of the page whose bytes are ``buffers``, one after another, each of whole elements.
@@ -150,14 +151,14 @@ class Planes:
         outs = [plane.view(f"<u{width}") for plane, width in zip(planes, widths, strict=True)]
         length = len(self._scratch) // element.itemsize
         turned = self._scratch.view(element)[:length]
-        packer = self._begin_packing() if packed else None
+        packer = Packer(self._packing) if packed else None
         bits = 8 * element.itemsize
         position = 0
         for values in _pieces(buffers, element, length):
             count = len(values)
             targets = [out[position : position + count] for out in outs]
             if packer is not None:
-                targets[0] = self._exponents[:count]
+                targets[0] = self._half[:count]
             if filter_code in _SIGNED:
                 self._split_signed(values, targets)
             else:
@@ -178,12 +179,6 @@ class Planes:
                 packer.pack(targets[0], outs[0][position // 2 : (position + count + 1) // 2])
             position += count
         return [*planes, packer.exceptions()] if packer is not None else planes
-
-    def _begin_packing(self) -> Packer:
-        if self._packer is None:
-            self._packer = Packer(len(self._exponents))
-        self._packer.begin()
-        return self._packer
 
     def _split_signed(
         self, values: npt.NDArray[np.unsignedinteger], outs: Sequence[npt.NDArray[Any]]
@@ -221,7 +216,7 @@ class Planes:
             count = len(values)
             # One at a time: those that must be copied are copied to the same place.
             parts = (
-                _piece(plane, start, count, width, self._aligned)
+                _piece(plane, start, count, width, self._half)
                 for plane, width in zip(planes, widths, strict=True)
             )
             if filter_code in _SIGNED:

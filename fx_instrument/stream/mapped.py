@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import CorruptStreamError, NotAStreamError, StreamError, TruncatedStreamError
 from .payload import EMPTY_LZ4_FRAME, EMPTY_ZSTD_FRAME
+from .read_ahead import ReadAhead
 from .records import Damage
 from .recovery import recover_segments
 from .segments import Segment, empty_frame_at, open_segments, read_prolog
@@ -41,7 +42,7 @@ class MappedFile:
 
     def verify(self) -> list[Damage]:
         """Verify every checksum of the file, and the index against the blocks; empty if all is well."""
-        recovery = recover_segments(self.map)
+        recovery = recover_segments(self.data, ReadAhead(self.map))
         damage = list(recovery.damage)
         for segment, walked in zip(self.segments, recovery.segments, strict=False):
             if not damage and segment.block_offsets.tolist() != walked.block_offsets.tolist():
@@ -70,7 +71,7 @@ def map_file(path: AnyPath, *, recover: bool) -> MappedFile:
     found = MappedFile(name, mapped, memoryview(mapped).toreadonly(), [], [])
     try:
         if recover:
-            recovery = recover_segments(mapped)
+            recovery = recover_segments(found.data, ReadAhead(mapped))
             found.segments, damage = recovery.segments, recovery.damage
         else:
             found.segments = open_segments(found.data)

@@ -55,12 +55,13 @@ def plan_memory(memory_bytes: int, num_workers: int | None, page_bytes: int | No
         while num_workers > 1 and num_workers * worker_bytes(1 << 20) > memory_bytes:
             num_workers -= 1
     if page_bytes is None:
-        # Five quarters of a page bring blocks together for the disk, whoever writes.
-        room = 4 * (memory_bytes - num_workers * WORKER_FIXED_BYTES)
-        split = 5 * num_workers * AT_ONCE_BYTES // 2
-        pages = 4 * WORKER_PAGES * num_workers + 5
-        room = max((room - 4 * split) // pages, min(AT_ONCE_BYTES, room // (pages + 10 * num_workers)))
-        page_bytes = max(MIN_PAGE_BYTES, min(MAX_PAGE_BYTES, room // 4096 * 4096))
+        # Five quarters of a page bring blocks together for the disk, whoever writes; ten of each worker's hold what is
+        # split at once, but no more than those of AT_ONCE_BYTES.
+        quarters, room = 4 * WORKER_PAGES * num_workers + 5, memory_bytes - num_workers * WORKER_FIXED_BYTES
+        small = 4 * room // (quarters + 10 * num_workers)
+        large = (4 * room - 10 * num_workers * AT_ONCE_BYTES) // quarters
+        fitting = small if small < AT_ONCE_BYTES else large
+        page_bytes = max(MIN_PAGE_BYTES, min(MAX_PAGE_BYTES, fitting // 4096 * 4096))
     plan = MemoryPlan(num_workers, page_bytes, True)
     fits = plan.total_bytes <= memory_bytes and num_workers < len(os.sched_getaffinity(0))
     return plan if fits else MemoryPlan(num_workers, page_bytes, False)

@@ -28,28 +28,22 @@ _FEW = PIECE >> 6
 
 
 class Packer:
-    """Exponents to nibbles, and what does not fit in them.
+    """Exponents of a page to nibbles, and what does not fit in them.
 
     Args:
-        count: the most exponents that come at once.
+        scratch: two bytes for each of the most exponents that come at once.
     """
 
-    def __init__(self, count: int) -> None:
-        self._codes = np.empty(count, np.uint8)
-        self._mask = np.empty(count, np.bool_)
+    def __init__(self, scratch: U8) -> None:
+        self._codes, mask = scratch.reshape(2, -1)
+        self._mask = mask.view(np.bool_)
         self._tops: list[int] = []
         self._escaped: list[U8] = []
         self._top = 0
         self._usual = _FEW
 
-    def begin(self) -> None:
-        """A page."""
-        self._tops.clear()
-        self._escaped.clear()
-        self._usual = _FEW
-
     def pack(self, exponents: U8, nibbles: U8) -> None:
-        """The next pieces of a page, all whole, or but for its last one."""
+        """The next pieces, all whole, or but for the page's last one."""
         for start, num_pieces, length in _rows(len(exponents)):
             end, half = start + num_pieces * length, (length + 1) // 2
             first = start // 2
@@ -103,7 +97,7 @@ class Packer:
         np.greater_equal(codes, _EXCEPTION, out=mask)
 
     def exceptions(self) -> U8:
-        """Of the page: the tops of its pieces, and the exponents that did not fit."""
+        """The tops of the page's pieces, and the exponents that did not fit."""
         return np.concatenate([np.array(self._tops, np.uint8), *self._escaped])
 
 

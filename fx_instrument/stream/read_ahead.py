@@ -17,11 +17,12 @@ class ReadAhead:
 
     def __call__(self, position: int) -> None:
         """What lies at ``position`` is looked at now, and what follows it will be."""
+        if not hasattr(mmap, "MADV_WILLNEED"):
+            return
         if position > self._end or position < self._end - 2 * _SPAN_BYTES:
             self._end = position - position % mmap.PAGESIZE
         size = len(self._map)
         while self._end < min(position + _SPAN_BYTES, size):
             length = min(_SPAN_BYTES, size - self._end)
-            if hasattr(mmap, "MADV_WILLNEED"):
-                self._map.madvise(mmap.MADV_WILLNEED, self._end, length)
+            self._map.madvise(mmap.MADV_WILLNEED, self._end, length)
             self._end += length

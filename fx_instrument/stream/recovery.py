@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,8 +147,8 @@ class Recovery:
     """Of the last segment, if asked for."""
 
 
-def recover_segments(mapped: mmap.mmap, *, keep_blocks: bool = False) -> Recovery:
-    """Everything that is readable of a mapped file, whole or not; every checksum of it was verified.
+def recover_segments(data: memoryview, read_ahead: ReadAhead, *, keep_blocks: bool = False) -> Recovery:
+    """Everything that is readable of a file, whole or not; every checksum of it was verified.
 
     Walks from the front. A block counts if its header, directory and payload hold. A bad payload costs its block;
     after a bad header the walk goes on at the next good one.
@@ -157,7 +156,7 @@ def recover_segments(mapped: mmap.mmap, *, keep_blocks: bool = False) -> Recover
     Raises:
         NotAStreamError, TruncatedStreamError, CorruptStreamError: there is no segment in the file at all.
     """
-    return _Recoverer(memoryview(mapped).toreadonly(), ReadAhead(mapped), keep_blocks).run()
+    return _Recoverer(data, read_ahead, keep_blocks).run()
 
 
 class _Recoverer:

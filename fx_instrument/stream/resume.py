@@ -13,6 +13,7 @@ from ..errors import CorruptStreamError, StreamError, TruncatedStreamError
 from .files import lock_file
 from .frames import FRAME_HEAD, write_void_head
 from .index import IndexRow
+from .read_ahead import ReadAhead
 from .records import Damage, SiteEntry
 from .recovery import Recovery, recover_segments
 from .segments import Block, Segment
@@ -71,7 +72,8 @@ def _resume(fd: int, codec: str) -> Resumed | None:
     if not size:
         return None
     try:
-        recovery = recover_segments(mmap.mmap(fd, size, access=mmap.ACCESS_READ), keep_blocks=True)
+        mapped = mmap.mmap(fd, size, access=mmap.ACCESS_READ)
+        recovery = recover_segments(memoryview(mapped), ReadAhead(mapped), keep_blocks=True)
     except TruncatedStreamError:
         return None
     segment = recovery.segments[-1]
