@@ -413,3 +413,16 @@ def test_resuming_refuses_what_it_would_spoil(tmp_path: Path, whole: bytes) -> N
     with pytest.raises((CorruptStreamError, ValueError)):
         resume(path, [], "zstd")
     assert path.read_bytes() == bytes(flipped)
+
+
+@pytest.mark.parametrize("recover", [False, True])
+def test_a_refused_file_is_let_go(tmp_path: Path, recover: bool) -> None:
+    """While the error is handled, nothing maps the file any more: it may be deleted, its room used."""
+    path = tmp_path / "junk.stream"
+    path.write_bytes(b"no stream" * 100)
+    try:
+        StreamReader(path, recover=recover)
+    except StreamError:
+        assert str(path) not in Path("/proc/self/maps").read_text()
+    else:
+        pytest.fail("junk was read")
