@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.overhead import cli, costs, measure, models, report, sections, timeline, variants
+from benchmarks.overhead import cli, costs, measure, models, report, timeline, variants
+from benchmarks.overhead.table import Options, table
 from benchmarks.overhead.workloads import Bench, Workload
 
 COLUMNS = {
@@ -28,11 +29,11 @@ COLUMNS = {
 
 
 @pytest.fixture(scope="module")
-def options() -> sections.Options:
-    return sections.Options(dtype=torch.float32, device="cpu", rounds=1, quick=True)
+def options() -> Options:
+    return Options(dtype=torch.float32, device="cpu", rounds=1, quick=True)
 
 
-def test_one_round_fills_every_column(tmp_path: Path, options: sections.Options) -> None:
+def test_one_round_fills_every_column(tmp_path: Path, options: Options) -> None:
     """A row each for eager, compiled, both hook designs and ours, with all columns; every row expected is kept."""
     model = models.toy(torch.float32, "cpu", depth=1, width=32)
     setup = variants.Setup(model, options={"backend": "eager"})
@@ -44,7 +45,7 @@ def test_one_round_fills_every_column(tmp_path: Path, options: sections.Options)
         *variants.traced_hooks(setup),
     ]
     with torch.no_grad():
-        found = sections.table(chosen, Workload("prefill", 2, 8, 2), model, options)
+        found = table(chosen, Workload("prefill", 2, 8, 2), model, options)
     result = cli.begin(tmp_path / "result.json", False, "2026-01-01", "cpu")
     result |= {"dtype": "float32"}
     result["sections"]["real"] = {"model": "toy", "workloads": {"prefill 2x8": found}}
@@ -71,13 +72,13 @@ def test_one_round_fills_every_column(tmp_path: Path, options: sections.Options)
 
 
 @pytest.mark.slow
-def test_hooks_break_the_graph_and_keep_every_row(options: sections.Options) -> None:
+def test_hooks_break_the_graph_and_keep_every_row(options: Options) -> None:
     """Hooks that hand values to Python break the compiled graph; sampling does not; both keep every row."""
     model = models.toy(torch.float32, "cpu", depth=1, width=32)
     setup = variants.Setup(model, options={"backend": "eager"})
     chosen = [variants.compiled(setup), variants.hooked(setup, compiled=True), variants.sampled(setup, 0.1)]
     with torch.no_grad():
-        rows = sections.table(chosen, Workload("prefill", 2, 8, 2), model, options)["variants"]
+        rows = table(chosen, Workload("prefill", 2, 8, 2), model, options)["variants"]
     assert rows["compiled + hooks, zstd file"]["breaks"] > 0
     assert rows["FX, 10.0% sampled, zstd file"]["breaks"] == 0
     for variant in chosen[1:]:
@@ -126,3 +127,13 @@ def test_intervals_hold_the_median() -> None:
     values = np.array([1.0, 1.1, 0.9, 1.05, 1.02, 0.97, 1.3])
     median, low, high = measure.interval(values)
     assert low <= median == float(np.median(values)) <= high
+
+
+def test_a_block_that_compiles_says_so(tmp_path: Path) -> None:
+    """What is compiled while a block is timed is counted: such a figure is not that of the compiled model."""
+    model = models.toy(torch.float32, "cpu", depth=1, width=32)
+    variant = variants.compiled(variants.Setup(model, options={"backend": "eager"}))
+    bench = Bench(Workload("prefill", 2, 8, 1), model)
+    with torch.no_grad():
+        first, again = (measure.clock(variant, bench, tmp_path) for _ in range(2))
+    assert (first.graphs, again.graphs) == (1, 0)

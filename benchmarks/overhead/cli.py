@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from . import plots, report, sections
+from .table import Options
 from .workloads import KINDS
 
 SCHEMA = 1
@@ -79,7 +80,7 @@ def main(
     if output is None:
         kind = torch.cuda.get_device_name().split()[-1].lower() if device.startswith("cuda") else "cpu"
         output = RESULTS / f"{today}-overhead-{kind}{'-quick' if quick else ''}.json"
-    options = sections.Options(
+    options = Options(
         dtype=getattr(torch, dtype),
         device=device,
         rounds=rounds or (3 if quick else 5),

@@ -42,6 +42,8 @@ class Sample:
     minor_faults: int
     switches: int
     """Context switches, voluntary or not."""
+    graphs: int
+    """Compiled within the block: none, or the figure is not that of the compiled model."""
 
 
 @dataclass
@@ -64,16 +66,18 @@ def clock(variant: Variant, bench: Bench, folder: Path) -> Sample:
     run = bench.ready()
     synchronize()
     before = resource.getrusage(resource.RUSAGE_SELF)
-    wall, cpu = time.perf_counter(), time.process_time()
-    with variant.block(folder):
-        entered = time.perf_counter()
-        run(variant.run)
-        synchronize()
-        inside = time.perf_counter() - entered
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    with counting() as compiling:
+        wall, cpu = time.perf_counter(), time.process_time()
+        with variant.block(folder):
+            entered = time.perf_counter()
+            run(variant.run)
+            synchronize()
+            inside = time.perf_counter() - entered
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     after = resource.getrusage(resource.RUSAGE_SELF)
     switches = after.ru_nvcsw + after.ru_nivcsw - before.ru_nvcsw - before.ru_nivcsw
-    return Sample(wall, cpu, inside, after.ru_minflt - before.ru_minflt, switches)
+    faults = after.ru_minflt - before.ru_minflt
+    return Sample(wall, cpu, inside, faults, switches, compiling.counts.graphs)
 
 
 def check(

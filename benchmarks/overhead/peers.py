@@ -95,7 +95,11 @@ def transformer_lens(setup: Setup) -> Variant:
 
 
 def torchlens(setup: Setup) -> Variant:
-    """``torchlens.trace`` with the operations inside the wanted modules saved; module outputs read by their path."""
+    """``torchlens.trace`` with the operations inside the wanted modules saved; module outputs read by their path.
+
+    Left to itself it keeps torch's functions wrapped after a trace: guards of compiled code then fail, and the compiled
+    model is compiled anew in each of its blocks. Putting them back takes .04 s of a trace of several seconds.
+    """
     import torchlens as package
 
     model = duplicate(setup.model)
@@ -106,7 +110,9 @@ def torchlens(setup: Setup) -> Variant:
         wanted = wanted | package.in_module(name)
 
     def run(ids: torch.Tensor, **options: Any) -> Any:
-        log = package.trace(model, ids, save=wanted)
+        log = package.trace(
+            model, ids, save=wanted, capture=package.options.CaptureOptions(unwrap_when_done=True)
+        )
         kept.add([log[name].out for name in names])
         return SimpleNamespace(logits=log["output_1"].out)
 
@@ -154,19 +160,16 @@ def installed() -> list[str]:
     return [name for name, package in PACKAGES.items() if importlib.util.find_spec(package.replace("-", "_"))]
 
 
-def peers(setup: Setup) -> tuple[list[Variant], dict[str, str]]:
-    """Those that can be used, and for the others the reason."""
-    found, missing = [], {}
-    for name, make in PEERS.items():
-        try:
-            variant = make(setup)
-            variant.note = f"{name} {importlib.metadata.version(PACKAGES[name])}"
-            found.append(variant)
-        except (ImportError, importlib.metadata.PackageNotFoundError) as error:
-            missing[name] = f"did not install: {first_line(error)}"
-        except Exception as error:
-            missing[name] = f"did not start: {first_line(error)}"
-    return found, missing
+def peer(name: str, setup: Setup) -> Variant | str:
+    """The peer on a copy of the model, or the reason why it can't be used."""
+    try:
+        variant = PEERS[name](setup)
+        variant.note = f"{name} {importlib.metadata.version(PACKAGES[name])}"
+        return variant
+    except (ImportError, importlib.metadata.PackageNotFoundError) as error:
+        return f"did not install: {first_line(error)}"
+    except Exception as error:
+        return f"did not start: {first_line(error)}"
 
 
 def first_line(error: BaseException) -> str:

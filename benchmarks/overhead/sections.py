@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
+import json
+import pickle
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,92 +21,9 @@ from fx_instrument import HookGranularity
 
 from . import costs, instructions, measure, models, peers, timeline, variants
 from .measure import clock
+from .table import Options, ignore, table
 from .variants import AGAIN, BASE, Setup, Variant
 from .workloads import KINDS, Bench, Workload
-
-log = logging.getLogger(__name__)
-
-
-COUNTS = ("graphs", "breaks", "recompiles", "kernels")
-CHECKED = (*COUNTS, *(f.name for f in fields(measure.Checked) if f.name != "counts"), "note")
-
-
-@dataclass
-class Options:
-    """What the command line chose."""
-
-    dtype: torch.dtype
-    device: str
-    rounds: int
-    quick: bool
-    full: bool = False
-    """Every workload and section, however long it takes."""
-    compile_options: dict[str, Any] = field(default_factory=dict)
-    kinds: Sequence[str] = ()
-    """Kinds of workload that the models run; chosen by ``full`` and ``quick`` if empty."""
-    variants: Sequence[str] = ()
-    """Only variants whose names hold one of these, beside the base; all if empty."""
-    say: Callable[[str], None] = lambda text: None
-    """Called with what is being done."""
-    keep: Callable[[str, dict[str, Any]], None] = lambda name, section: None
-    """Called with a section that has more than before, so that a run that is cut off keeps it."""
-
-
-def table(
-    chosen: Sequence[Variant],
-    workload: Workload,
-    model: Any,
-    options: Options,
-    *,
-    rounds: int | None = None,
-    checked: dict[str, dict[str, Any]] | None = None,
-) -> dict[str, Any]:
-    """Check every variant on a workload, measure all of them in interleaved rounds: a row each.
-
-    Args:
-        checked: rows of the same variants on the same workload: they are compiled, and what was found then is said
-            again.
-    """
-    bench = Bench(workload, model)
-    rows: dict[str, dict[str, Any]] = {}
-    alive, reference = [], None
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for variant in chosen:
-            if variant.kinds and workload.kind not in variant.kinds:
-                continue
-            if checked is not None:
-                rows[variant.name] = {key: checked[variant.name].get(key) for key in CHECKED}
-                if "error" not in checked[variant.name]:
-                    alive.append(variant)
-                continue
-            options.say(f"{workload.name}: compile and check {variant.name}")
-            try:
-                found, output = measure.check(variant, bench, folder, reference)
-            except Exception as error:
-                if variant.name == BASE:
-                    raise
-                log.warning("%s on %s: %r", variant.name, workload.name, error)
-                rows[variant.name] = {"error": f"failed: {peers.first_line(error)}"}
-                continue
-            reference = output if reference is None else reference
-            rows[variant.name] = {**measure.described(found), "note": variant.note}
-            if variant.counts_of in rows:
-                rows[variant.name].update({count: rows[variant.counts_of][count] for count in COUNTS})
-            alive.append(variant)
-        number = rounds or options.rounds
-        done = iter(range(1, number * len(alive) + 1))
-        say = options.say
-        samples = measure.rounds(
-            alive,
-            bench,
-            folder,
-            number,
-            lambda: say(f"{workload.name}: run {next(done)} of {number * len(alive)}"),
-        )
-    for variant in alive:
-        rows[variant.name].update(measure.figures(samples, variant.name, bench))
-    return {"workload": asdict(workload), "rounds": number, "variants": rows}
 
 
 def main_workloads(name: str, options: Options) -> list[Workload]:
@@ -200,15 +120,57 @@ def _lanes(setup: Setup, options: Options) -> dict[str, Any]:
     return {"workload": asdict(workload), "spans": spans}
 
 
+PEER_WORKLOAD = Workload("prefill", 4, 128, 6)
+
+
 def others(options: Options) -> dict[str, Any]:
-    """Other libraries on SmolLM2-135M, beside the compiled model and ours; those that are not installed say so."""
+    """Other libraries on SmolLM2-135M, each in a process of its own: what it does to torch is done to nobody else.
+
+    The compiled model runs in turns with each of them there; its speed in each process shows whether it is disturbed.
+    """
     setup = _smollm(options)
-    found, missing = peers.peers(setup)
-    chosen = [variants.compiled(setup), variants.plain(setup), variants.ours(setup)[2], *found]
-    # Some of them take many times as long.
-    rows = table(chosen, Workload("prefill", 4, 128, 2), setup.model, options, rounds=3)
-    rows["variants"].update({name: {"error": reason} for name, reason in missing.items()})
-    return {"model": "SmolLM2-135M-Instruct", "workloads": {"prefill 4x128": rows}}
+    chosen = [variants.compiled(setup), variants.plain(setup), variants.ours(setup)[2]]
+    found = table(chosen, PEER_WORKLOAD, setup.model, options)
+    section = {"model": "SmolLM2-135M-Instruct", "workloads": {PEER_WORKLOAD.name: found}}
+    for name in peers.PEERS:
+        if options.variants and not any(part in name for part in options.variants):
+            continue
+        options.say(f"{PEER_WORKLOAD.name}: {name}, in a process of its own")
+        found["variants"].update(_alone(name, options))
+        options.keep("peers", section)
+    return section
+
+
+def _alone(name: str, options: Options) -> dict[str, dict[str, Any]]:
+    """What :func:`beside` gives in another process."""
+    silent = pickle.dumps(replace(options, say=ignore, keep=ignore))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "rows.json")
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.overhead.alone",
+            name,
+            str(torch.get_num_threads()),
+            str(path),
+        ]
+        try:
+            subprocess.run(command, input=silent, stdout=subprocess.DEVNULL, check=True)
+        except subprocess.CalledProcessError as error:
+            return {name: {"error": f"its process ended with {error.returncode}"}}
+        rows: dict[str, dict[str, Any]] = json.loads(path.read_text())
+        return rows
+
+
+def beside(name: str, options: Options) -> dict[str, dict[str, Any]]:
+    """Rows of one peer and of the compiled model beside it, both in this process; or why there are none."""
+    with fresh():
+        setup = _smollm(options)
+        peer = peers.peer(name, setup)
+        if isinstance(peer, str):
+            return {name: {"error": peer}}
+        rows = table([variants.compiled(setup), peer], PEER_WORKLOAD, setup.model, options)["variants"]
+        return {f"{BASE}, beside {name}": rows.pop(BASE), **rows}
 
 
 def kinds(options: Options) -> dict[str, Any]:

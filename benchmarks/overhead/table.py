@@ -1,0 +1,106 @@
+"""One table of a section: variants checked and measured on a workload."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import measure, peers
+from .variants import BASE, Variant
+from .workloads import Bench, Workload
+
+log = logging.getLogger(__name__)
+
+
+COUNTS = ("graphs", "breaks", "recompiles", "kernels")
+CHECKED = (*COUNTS, *(f.name for f in fields(measure.Checked) if f.name != "counts"), "note")
+
+
+def ignore(*told: Any) -> None:
+    """Nobody is told."""
+
+
+@dataclass
+class Options:
+    """What the command line chose."""
+
+    dtype: torch.dtype
+    device: str
+    rounds: int
+    quick: bool
+    full: bool = False
+    """Every workload and section, however long it takes."""
+    compile_options: dict[str, Any] = field(default_factory=dict)
+    kinds: Sequence[str] = ()
+    """Kinds of workload that the models run; chosen by ``full`` and ``quick`` if empty."""
+    variants: Sequence[str] = ()
+    """Only variants whose names hold one of these, beside the base; all if empty."""
+    say: Callable[[str], None] = ignore
+    """Called with what is being done."""
+    keep: Callable[[str, dict[str, Any]], None] = ignore
+    """Called with a section that has more than before, so that a run that is cut off keeps it."""
+
+
+def table(
+    chosen: Sequence[Variant],
+    workload: Workload,
+    model: Any,
+    options: Options,
+    *,
+    rounds: int | None = None,
+    checked: dict[str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Check every variant on a workload, measure all of them in interleaved rounds: a row each.
+
+    Args:
+        checked: rows of the same variants on the same workload: they are compiled, and what was found then is said
+            again.
+    """
+    bench = Bench(workload, model)
+    rows: dict[str, dict[str, Any]] = {}
+    alive, reference = [], None
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for variant in chosen:
+            if variant.kinds and workload.kind not in variant.kinds:
+                continue
+            if checked is not None:
+                rows[variant.name] = {key: checked[variant.name].get(key) for key in CHECKED}
+                if "error" not in checked[variant.name]:
+                    alive.append(variant)
+                continue
+            options.say(f"{workload.name}: compile and check {variant.name}")
+            try:
+                found, output = measure.check(variant, bench, folder, reference)
+            except Exception as error:
+                if variant.name == BASE:
+                    raise
+                log.warning("%s on %s: %r", variant.name, workload.name, error)
+                rows[variant.name] = {"error": f"failed: {peers.first_line(error)}"}
+                continue
+            reference = output if reference is None else reference
+            rows[variant.name] = {**measure.described(found), "note": variant.note}
+            if variant.counts_of in rows:
+                rows[variant.name].update({count: rows[variant.counts_of][count] for count in COUNTS})
+            alive.append(variant)
+        number = rounds or options.rounds
+        done = iter(range(1, number * len(alive) + 1))
+        say = options.say
+        samples = measure.rounds(
+            alive,
+            bench,
+            folder,
+            number,
+            lambda: say(f"{workload.name}: run {next(done)} of {number * len(alive)}"),
+        )
+    for variant in alive:
+        row = rows[variant.name]
+        row.update(measure.figures(samples, variant.name, bench))
+        row["recompiles"] += sum(sample.graphs for sample in samples[variant.name])
+    return {"workload": asdict(workload), "rounds": number, "variants": rows}
