@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -27,9 +27,18 @@ class Value:
         self.nbytes, self.shape = memory.data.nbytes, memory.data.shape
         self._owns = owns
         self._simulated = device
+        self._whole: Value | None = None
 
     def numel(self) -> int:
         return self.shape.numel()
+
+    def __getitem__(self, part: slice) -> Value:
+        """A view: what it looks at lives as long as it."""
+        memory = Memory(0)
+        memory.data = self.memory.data[part]
+        view = Value(self._simulated, memory, owns=False)
+        view._whole = self
+        return view
 
     def __del__(self) -> None:
         if self._owns:
@@ -62,7 +71,8 @@ class Device:
         self.compute: deque[Callable[[], object] | Wait] = deque()
         self.copies: deque[Callable[[], object] | Wait] = deque()
         self.allocated: list[int] = []
-        self._last_copy: Event | None = None
+        self.freed: list[int] = []
+        self._gathered: Value | None = None
         self._lock = threading.RLock()
 
     # -- what the transfer asks of it
@@ -70,6 +80,12 @@ class Device:
     def allocate(self, num_bytes: int) -> torch.Tensor:
         self.allocated.append(num_bytes)
         return torch.zeros(num_bytes, dtype=torch.uint8)
+
+    def free(self, memory: torch.Tensor) -> None:
+        self.freed.append(memory.nbytes)
+
+    def check(self, device: torch.device) -> None:
+        pass
 
     def mark(self, device: torch.device) -> Event:
         event = Event(self)
@@ -80,7 +96,6 @@ class Device:
         source, event = value.memory.data, Event(self)
         with self._lock:
             self.copies.extend([Wait(after), lambda: host.copy_(source), event.reach])
-            self._last_copy = event
         return event
 
     def keep(self, value: Value) -> Value:
@@ -89,9 +104,19 @@ class Device:
         self.compute.append(lambda: target.copy_(source))
         return kept
 
-    def hold(self, device: torch.device) -> None:
-        if self._last_copy is not None:
-            self.compute.append(Wait(self._last_copy))
+    def gather(
+        self, values: Sequence[Value], starts: Sequence[int], num_bytes: int, after: Event | None
+    ) -> Value:
+        if after is not None:
+            self.compute.append(Wait(after))
+        if self._gathered is None or self._gathered.nbytes < num_bytes:
+            self._gathered = Value(self, Memory(num_bytes), owns=True)
+        target = self._gathered.memory.data
+        for value, start in zip(values, starts, strict=True):
+            source = value.memory.data
+            place = target[start : start + value.nbytes].view(value.dtype).view(value.shape)
+            self.compute.append(lambda source=source, place=place: place.copy_(source))
+        return self._gathered
 
     # -- what the test makes of it
 

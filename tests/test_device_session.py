@@ -72,7 +72,9 @@ def test_a_long_capture_through_a_small_ring(tmp_path: Path, replays: bool) -> N
     capture.close()
     report = capture.report
     assert report.records == 80 and report.dropped_records == 0
-    assert report.peak_buffer_bytes <= LIMIT and len(device.allocated) == 1
+    assert (
+        report.peak_buffer_bytes <= LIMIT and len(device.allocated) == 1 and device.freed == device.allocated
+    )
     with open_stream(path) as stream:
         assert stream.num_steps == 40
         for step in range(40):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from unittest import mock
 
 import hypothesis.strategies as st
 import pytest
@@ -14,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from simulated_device import DEVICE, Device, Memory, Value
 
-from fx_instrument.capture.pinned import Landing, PinnedTransfer
+from fx_instrument.capture import pinned
+from fx_instrument.capture.pinned import Landing, PinnedTransfer, Room
 from fx_instrument.capture.ring import ALIGNMENT, Ring, Span
 from fx_instrument.errors import BufferTooSmallError
 
@@ -47,24 +49,26 @@ def test_spans_in_use_never_overlap(asked: list[tuple[int, random.Random]]) -> N
 class Interleavings(RuleBasedStateMachine):
     """Graph runs, copies, arrivals and released records in any order: each record has its own run's bytes."""
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(small=st.sampled_from([0, 200, pinned._SMALL_BYTES]))
+    def begin(self, small: int) -> None:
+        self.patch = mock.patch.object(pinned, "_SMALL_BYTES", small)
+        self.patch.start()
         self.device = Device()
         self.transfer = PinnedTransfer(CAPACITY, self.device)
         self.static = [Memory(n) for n in (40, 300, 700)]  # what a CUDA graph writes at each replay
         self.runs = 0
         self.queue: deque[tuple[Landing, list[torch.Tensor]]] = deque()
-        self.draining: tuple[Iterator[tuple[torch.Tensor, Callable[[], None]]], list[torch.Tensor]] | None = (
+        self.draining: tuple[Iterator[tuple[list[torch.Tensor], Room | None]], list[torch.Tensor]] | None = (
             None
         )
-        self.held: list[tuple[torch.Tensor, torch.Tensor, Callable[[], None]]] = []
+        self.held: list[tuple[list[torch.Tensor], list[torch.Tensor], Room]] = []
         self.started = self.stored = 0
 
     @rule(replays=st.booleans(), sizes=st.lists(st.integers(0, CAPACITY), min_size=1, max_size=5))
     def run_graph(self, replays: bool, sizes: list[int]) -> None:
         self.runs += 1
         memories = self.static if replays else [Memory(size) for size in sizes]
-        admitted = self.transfer.admit(DEVICE, replays=replays, wait=False)
+        admitted = self.transfer.admit(DEVICE, wait=False)
         assert admitted or len(self.transfer._waiting) > 1
         values = [Value(self.device, memory, owns=not replays) for memory in memories]
         expected = []
@@ -75,7 +79,7 @@ class Interleavings(RuleBasedStateMachine):
         if not admitted:
             return  # dropped
         with self.transfer.order:
-            self.queue.append((self.transfer.start(values, replays=replays), expected))
+            self.queue.append((self.transfer.start(values, overwritten=replays), expected))
         self.started += len(values)
 
     @rule(times=st.integers(1, 6))
@@ -100,7 +104,9 @@ class Interleavings(RuleBasedStateMachine):
             assert not expected
             self.draining = None
             return
-        self.held.append((found[0], expected.pop(0), found[1]))
+        values, room = found
+        assert room is not None
+        self.held.append((values, [expected.pop(0) for _ in values], room))
 
     @precondition(lambda self: self.held)
     @rule(chance=st.randoms(use_true_random=False))
@@ -109,10 +115,10 @@ class Interleavings(RuleBasedStateMachine):
 
     def store_record(self, index: int) -> None:
         """The writer reads a record as late as it gives it back."""
-        data, expected, release = self.held.pop(index)
-        equal = torch.equal(data, expected)
-        release()
-        self.stored += 1
+        values, expected, room = self.held.pop(index)
+        equal = all(torch.equal(*pair) for pair in zip(values, expected, strict=True))
+        room()
+        self.stored += len(values)
         assert equal
 
     def store_everything(self) -> None:
@@ -127,11 +133,14 @@ class Interleavings(RuleBasedStateMachine):
         assert self.transfer.ring.peak_bytes <= CAPACITY
 
     def teardown(self) -> None:
+        self.patch.stop()
         while self.draining or self.queue:
             self.arrive()
         self.store_everything()
         assert self.stored == self.started
         assert self.transfer.ring.held_bytes == 0 and not self.transfer._waiting
+        self.transfer.close()
+        assert self.device.freed == self.device.allocated
 
 
 TestInterleavings = Interleavings.TestCase
@@ -155,17 +164,18 @@ def test_a_run_larger_than_the_ring_flows_through_it() -> None:
     with transfer.order:
         landing = transfer.start(values_of(device, contents))
     assert landing.num_started == 4
-    held: list[tuple[torch.Tensor, Callable[[], None]]] = []
+    held: list[tuple[list[torch.Tensor], Room | None]] = []
     seen = []
 
     def make_room() -> None:
-        for data, release in held:
-            seen.append(int(data.unique()))
-            release()
+        for values, room in held:
+            seen.extend(int(value.unique()) for value in values)
+            assert room is not None
+            room()
         held.clear()
 
-    for data, release in landing.arrivals(make_room):
-        held.append((data, release))
+    for found in landing.arrivals(make_room):
+        held.append(found)
     make_room()
     assert seen == list(range(40))
     assert device.allocated == [CAPACITY] and transfer.ring.held_bytes == 0
@@ -184,21 +194,38 @@ def test_a_value_larger_than_the_ring_is_refused() -> None:
     assert not device.copies and transfer.ring.held_bytes == 0
 
 
-def test_a_replay_waits_on_the_device_only() -> None:
-    """The host goes on at once; the stream that runs the model is held until the copies are through."""
+def test_a_replay_does_not_wait_for_the_copies_of_the_one_before() -> None:
+    """Host and device go on; what is gathered next waits for them, on the device, and takes the same memory."""
+    device = Device()
+    transfer = PinnedTransfer(CAPACITY, device)
+    output = Memory(64)
+    landings = []
+    for number in (1, 2):
+        assert transfer.admit(DEVICE, wait=True)
+        device.compute.append(lambda number=number: output.data.fill_(number))
+        with transfer.order:
+            landings.append(transfer.start([Value(device, output, owns=False)], overwritten=True))
+    while device.advance(device.compute):
+        pass
+    assert output.data.unique() == 2, "the second run wrote while the first one's copy had not begun"
+    arrived = [values[0].clone() for landing in landings for values, _ in landing.arrivals(lambda: None)]
+    assert [int(value.unique()) for value in arrived] == [1, 2]
+
+
+def test_values_of_a_run_leave_in_one_piece() -> None:
+    """Small ones and those that are overwritten: one copy to the host for all of them."""
     device = Device()
     transfer = PinnedTransfer(CAPACITY, device)
     with transfer.order:
-        landing = transfer.start(values_of(device, [torch.ones(64, dtype=torch.uint8)]))
-    assert transfer.admit(DEVICE, replays=True, wait=True)
-    ran = []
-    device.compute.append(lambda: ran.append(len(device.copies)))
-    while device.advance(device.compute):
-        pass
-    assert not ran
-    device.run_until(lambda: bool(ran))
-    assert ran == [0]
-    landing.abandon()
+        landing = transfer.start(
+            values_of(device, [torch.full((24,), n, dtype=torch.uint8) for n in range(9)])
+        )
+    assert len(device.copies) == 3, "a wait, a copy, an event"
+    ((values, room),) = landing.arrivals(lambda: None)
+    assert [int(value.unique()) for value in values] == list(range(9))
+    assert values[8].data_ptr() - values[0].data_ptr() == 8 * 24, "side by side"
+    assert room is not None
+    room()
     assert transfer.ring.held_bytes == 0
 
 
@@ -212,18 +239,19 @@ def test_a_backlog_holds_up_the_host_until_its_values_are_under_way() -> None:
             transfer.start(values_of(device, contents[:3])),
             transfer.start(values_of(device, contents[3:])),
         ]
-    assert not transfer.admit(DEVICE, replays=False, wait=False)
+    assert not transfer.admit(DEVICE, wait=False)
     admitted = threading.Event()
     thread = threading.Thread(
-        target=lambda: transfer.admit(DEVICE, replays=False, wait=True) and admitted.set(), daemon=True
+        target=lambda: transfer.admit(DEVICE, wait=True) and admitted.set(), daemon=True
     )
     thread.start()
     taken = []
     for landing in landings:
-        for data, release in landing.arrivals(lambda: None):
+        for values, room in landing.arrivals(lambda: None):
             assert taken or not admitted.is_set()
-            taken.append(int(data[0]))
-            release()
+            taken += [int(value[0]) for value in values]
+            assert room is not None
+            room()
     thread.join(60)
     assert admitted.is_set() and taken == list(range(6)) and transfer.stalled_ns > 0
 
@@ -237,15 +265,15 @@ def test_after_a_failure_nothing_waits() -> None:
             transfer.start(values_of(device, [torch.ones(CAPACITY, dtype=torch.uint8)] * 3)) for _ in range(2)
         )
     answers = []
-    thread = threading.Thread(
-        target=lambda: answers.append(transfer.admit(DEVICE, replays=True, wait=True)), daemon=True
-    )
+    thread = threading.Thread(target=lambda: answers.append(transfer.admit(DEVICE, wait=True)), daemon=True)
     thread.start()
     arrivals = landing.arrivals(transfer.shut)
-    next(arrivals)[1]()
+    room = next(arrivals)[1]
+    assert room is not None
+    room()
     assert next(arrivals)[1] is not None
     assert next(arrivals, None) is None
     other.abandon()
     thread.join(60)
     assert answers == [False]
-    assert not transfer._waiting and not landing.values
+    assert not transfer._waiting and not landing.pieces

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,17 +22,23 @@ class CudaEngine:
 
     def __init__(self) -> None:
         self._copy_streams: dict[torch.device, Any] = {}
+        self._gathered: dict[torch.device, _Gathered] = {}
         self._lock = threading.Lock()
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        return _PINNED.take(num_bytes)
 
-    def mark(self, device: torch.device) -> Event:
+    def free(self, memory: torch.Tensor) -> None:
+        _PINNED.give_back(memory)
+
+    def check(self, device: torch.device) -> None:
         if torch.cuda.is_current_stream_capturing():
             raise CaptureFailedError(
                 "the model runs inside torch.cuda.graph of your own while a capture is open: its replays would pass "
                 "the capture by; leave the capture block first, or use mode='reduce-overhead' for CUDA graphs"
             )
+
+    def mark(self, device: torch.device) -> Event:
         event: Event = torch.cuda.current_stream(device).record_event()
         return event
 
@@ -39,19 +47,114 @@ class CudaEngine:
         copy_stream.wait_event(after)
         with torch.cuda.stream(copy_stream):
             host.copy_(value, non_blocking=True)
-            event: Event = copy_stream.record_event()
-        return event
+            # Whoever waits for it sleeps: by default it would keep a core busy.
+            event: Any = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            event.record(copy_stream)
+        there: Event = event
+        return there
 
     def keep(self, value: torch.Tensor) -> torch.Tensor:
         return value.clone()
 
-    def hold(self, device: torch.device) -> None:
-        copy_stream = self._copy_streams.get(device)
-        if copy_stream is not None:
-            torch.cuda.current_stream(device).wait_stream(copy_stream)
+    def gather(
+        self, values: Sequence[torch.Tensor], starts: Sequence[int], num_bytes: int, after: Event | None
+    ) -> torch.Tensor:
+        device = values[0].device
+        if after is not None:
+            torch.cuda.current_stream(device).wait_event(after)  # type: ignore[arg-type]
+        # Whatever mode the model runs in: what was made in inference mode may only be written in it.
+        with torch.inference_mode():
+            gathered = self._gathered.get(device)
+            if gathered is None or gathered.memory.nbytes < num_bytes:
+                gathered = self._gathered[device] = _Gathered(
+                    torch.empty(num_bytes, dtype=torch.uint8, device=device)
+                )
+            gathered.fill(values, starts)
+        return gathered.memory
 
     def _copy_stream(self, device: torch.device) -> Any:
         with self._lock:
             if device not in self._copy_streams:
                 self._copy_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             return self._copy_streams[device]
+
+
+class _Gathered:
+    """Device memory for the values of one run."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self.memory = memory
+        self._layout: tuple[Any, ...] = ()
+        self._places: list[tuple[list[int], list[torch.Tensor]]] = []
+        """Of each dtype, since one call copies values of one: which values, and where to."""
+
+    def fill(self, values: Sequence[torch.Tensor], starts: Sequence[int]) -> None:
+        layout = tuple((start, value.dtype, value.shape) for start, value in zip(starts, values, strict=True))
+        if layout != self._layout:
+            # Runs of one graph differ in their values alone.
+            self._layout, self._places = layout, self._find(values, starts)
+        for which, places in self._places:
+            torch._foreach_copy_(places, [values[index] for index in which])
+
+    def _find(
+        self, values: Sequence[torch.Tensor], starts: Sequence[int]
+    ) -> list[tuple[list[int], list[torch.Tensor]]]:
+        by_dtype: dict[torch.dtype, tuple[list[int], list[torch.Tensor]]] = {}
+        for index, (value, start) in enumerate(zip(values, starts, strict=True)):
+            if value.numel():
+                which, places = by_dtype.setdefault(value.dtype, ([], []))
+                which.append(index)
+                place = self.memory[start : start + value.nbytes].view(value.dtype).view(value.shape)
+                places.append(place)
+        return list(by_dtype.values())
+
+
+class _Pinned:
+    """Page-locked memory of exactly the bytes asked for; the last block that was given back is kept for the next.
+
+    torch's own allocator rounds up to a power of two, so up to twice what was set aside would be held.
+    """
+
+    def __init__(self) -> None:
+        self._idle: torch.Tensor | None = None
+        self._lock = threading.Lock()
+
+    def take(self, num_bytes: int) -> torch.Tensor:
+        with self._lock:
+            idle, self._idle = self._idle, None
+        if idle is not None:
+            if idle.nbytes == num_bytes:
+                return idle
+            self._unlock(idle)
+        return self._lock_pages(num_bytes)
+
+    def give_back(self, memory: torch.Tensor) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, memory
+        if idle is not None:
+            self._unlock(idle)
+
+    def _lock_pages(self, num_bytes: int) -> torch.Tensor:
+        pages = mmap.mmap(-1, max(1, num_bytes))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            # Fewer pages to lock, one by one.
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        with torch.inference_mode(False):
+            memory = torch.frombuffer(pages, dtype=torch.uint8)
+        status = _runtime().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+        if int(status):
+            raise CaptureFailedError(
+                f"CUDA can't lock {num_bytes} bytes of host memory for captured values ({status}); lower "
+                f"max_memory_gb, or raise the limit on locked memory"
+            )
+        return memory
+
+    def _unlock(self, memory: torch.Tensor) -> None:
+        _runtime().cudaHostUnregister(memory.data_ptr())
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+_PINNED = _Pinned()

@@ -14,7 +14,7 @@ import torch
 
 from .budget import HostBudget
 from .handover import Cut, Delivery, Handover
-from .packing import Packer, Plan, join
+from .packing import Packer, Plan, join, side_by_side
 from .pinned import Room
 from .transfer import host_bytes
 
@@ -148,18 +148,25 @@ class Drain:
             self._put(delivery, None, site_ids, values, delivery.num_bytes, None)
             return
         left = delivery.num_bytes
-        done = 0
-        for index, (value, room) in enumerate(landing.arrivals(self._make_room)):
-            if cuts is None:
-                which: Sequence[int] = [index]
-                values = [value]
-            else:
-                which = [number for number, cut in enumerate(cuts) if cut[0] == index]
-                values = [_cut_out(value, cuts[number]) for number in which]
-            counted = len(which) * RECORD_OVERHEAD_BYTES + (value.nbytes if room is None else 0)
+        done = first = 0
+        for values, room in landing.arrivals(self._make_room):
+            arrived = range(first, first + len(values))
+            which: Sequence[int] = arrived
+            if cuts is not None:
+                which = [number for number, cut in enumerate(cuts) if cut[0] in arrived]
+            counted = len(which) * RECORD_OVERHEAD_BYTES
+            if room is None:
+                counted += sum(value.nbytes for value in values)
+            first += len(values)
             left -= counted
             done += len(which)
-            self._put(delivery, which, site_ids, values, counted, room)
+            if cuts is not None:
+                values = [_cut_out(values[cuts[number][0] - arrived.start], cuts[number]) for number in which]
+            if which:
+                whole = len(which) == len(site_ids)
+                self._put(delivery, None if whole else which, site_ids, values, counted, room)
+            elif room is not None:
+                room()
         if left:
             self._budget.release(left)
         if done < len(site_ids):
@@ -191,13 +198,18 @@ class Drain:
             self._put_each(delivery.step, site_ids, calls, full_shapes, values, counted, room)
             return
         plan = self._packer.plan(site_ids, calls, values, full_shapes)
-        if plan is not None:
-            self._pack(_Waiting(delivery, plan, values, counted, room))
+        if plan is not None and room is None:
+            self._pack(_Waiting(delivery, plan, values, counted))
             return
         # Records of a site stay in the order of their steps.
         self._store_group()
         self.records += len(values)
         self.raw_bytes += sum(value.nbytes for value in values)
+        data = side_by_side(plan, values) if plan is not None else None
+        if plan is not None and data is not None:
+            # As they came from the device; a copy would be memory that nobody counts.
+            self._writer.put_packed(plan.layout, delivery.step, data, _Release(self._budget, counted, room))
+            return
         self._put_each(delivery.step, site_ids, calls, full_shapes, values, counted, room)
 
     def _pack(self, waiting: _Waiting) -> None:
@@ -208,8 +220,7 @@ class Drain:
             self._store_group()
         self._group.append(waiting)
         self._group_bytes += plan.num_bytes
-        if waiting.room is not None or self._group_bytes >= limit:
-            # A place in the ring is not kept from the device.
+        if self._group_bytes >= limit:
             self._store_group()
 
     def _store_group(self) -> None:
@@ -229,12 +240,8 @@ class Drain:
             self.raw_bytes += waiting.plan.num_bytes
             # What remains is one object for all.
             waiting.values.clear()
-            kept = waiting.counted
-            if waiting.room is None:
-                kept = waiting.plan.num_bytes + RECORD_OVERHEAD_BYTES
-                given_back += waiting.counted - kept
-            else:
-                waiting.room()
+            kept = waiting.plan.num_bytes + RECORD_OVERHEAD_BYTES
+            given_back += waiting.counted - kept
             release = _Release(self._budget, kept)
             self._writer.put_packed(waiting.plan.layout, waiting.delivery.step, data, release)
         self._budget.release(given_back)
@@ -312,8 +319,6 @@ class _Waiting:
     values: list[torch.Tensor]
     counted: int
     """Bytes that the budget counts for them."""
-    room: Room | None
-    """Of their values, if that is not the budget's."""
 
 
 class _Release:

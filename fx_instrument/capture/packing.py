@@ -143,3 +143,15 @@ def join(packs: Sequence[tuple[Plan, Sequence[torch.Tensor]]]) -> list[npt.NDArr
         data = host_bytes(torch.cat(ordered))
     starts = list(itertools.accumulate((plan.num_bytes for plan, _ in packs), initial=0))
     return [data[start:stop] for start, stop in itertools.pairwise(starts)]
+
+
+def side_by_side(plan: Plan, values: Sequence[torch.Tensor]) -> npt.NDArray[np.uint8] | None:
+    """The bytes of a pack whose values already follow one another in memory; None where they don't.
+
+    Args:
+        values: in rising order of their places in one block of memory.
+    """
+    first, last = values[0], values[-1]
+    if plan.order is not None or last.data_ptr() + last.nbytes - first.data_ptr() != plan.num_bytes:
+        return None
+    return host_bytes(first.as_strided((plan.num_bytes // first.element_size(),), (1,)))

@@ -33,7 +33,8 @@ class _Ticket:
     num_bytes: int
     dropped: bool
     device: torch.device | None = None
-    replays: bool = False
+    overwritten: bool = False
+    """The values lie where the next run of their graph writes."""
 
 
 class Session:
@@ -137,7 +138,7 @@ class Session:
         if self._closed:
             return _Ticket(0, dropped=True)
         if device is not None:
-            return self._reserve_on(device, replays, total)
+            return self._reserve_on(device, total, overwritten=replays)
         if not self._drop or needed > self._budget.limit_bytes:
             granted = self._acquire(total)
             return _Ticket(total if granted else 0, dropped=not granted)
@@ -149,17 +150,17 @@ class Session:
             return _Ticket(total, dropped=False)
         return _Ticket(total if self._budget.acquire(total, wait=True) else 0, dropped=True)
 
-    def _reserve_on(self, device: torch.device, replays: bool, total: int) -> _Ticket:
+    def _reserve_on(self, device: torch.device, total: int, *, overwritten: bool) -> _Ticket:
         """Room for what a graph leaves on ``device``: in the budget for ``total`` bytes, in the ring piece by piece."""
-        admitted = self._transfer.admit(device, replays=replays, wait=False)
+        admitted = self._transfer.admit(device, wait=False)
         if not admitted:
             self._handover.wake()
             if not self._drop:
                 timeout_s = self._patience() if self._patience is not None else None
-                admitted = self._transfer.admit(device, replays=replays, wait=True, timeout_s=timeout_s)
+                admitted = self._transfer.admit(device, wait=True, timeout_s=timeout_s)
         if not admitted or not self._acquire(total):
             return _Ticket(0, dropped=True)
-        return _Ticket(total, dropped=False, device=device, replays=replays)
+        return _Ticket(total, dropped=False, device=device, overwritten=overwritten)
 
     def cancel(self, ticket: _Ticket) -> None:
         if ticket.num_bytes:
@@ -188,7 +189,7 @@ class Session:
         """Start the values of ``delivery`` on their way and tell the drain thread."""
         try:
             with self._transfer.in_order(ticket.device):
-                started = self._transfer.start(delivery.values, replays=ticket.replays)
+                started = self._transfer.start(delivery.values, overwritten=ticket.overwritten)
                 if isinstance(started, Landing):
                     delivery.landing, delivery.values = started, []
                 else:
@@ -243,7 +244,7 @@ class Session:
                 f"max_memory_gb={self._max_memory_bytes / 1e9:g} leaves the buffer {self._budget.limit_bytes} bytes"
             )
         if device is not None:
-            ticket = self._reserve_on(device, False, total)
+            ticket = self._reserve_on(device, total, overwritten=True)
         else:
             granted = self._acquire(total, leave_bytes=self._largest_run_bytes)
             ticket = _Ticket(total if granted else 0, dropped=not granted)
@@ -251,8 +252,13 @@ class Session:
             with self._lock:
                 self._dropped_inputs += 1
             return
-        # The caller may change its inputs while the copies are on their way.
-        values = [value.detach().clone(memory_format=torch.contiguous_format) for value in inputs.values()]
+        # The caller may change its inputs while the copies are on their way; what a device has is gathered there.
+        values = [
+            value.detach()
+            if ticket.device is not None and value.device.type == ticket.device.type
+            else value.detach().clone(memory_format=torch.contiguous_format)
+            for value in inputs.values()
+        ]
         self._hand_over(
             ticket, Delivery(number, list(inputs), [0] * len(inputs), values, None, total, is_input=True)
         )
@@ -327,7 +333,8 @@ class Session:
             self._writer.close(self._summary())
         finally:
             self._duration = time.perf_counter() - self._started
-            self._shut()
+            self._budget.shut()
+            self._transfer.close()
             if self._progress:
                 self._show(end="\n")
         if self._drain.failure is not None:

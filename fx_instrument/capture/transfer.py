@@ -36,18 +36,21 @@ class Transfer:
         """How long graph runs on devices waited for earlier ones' values."""
         return self._pinned.stalled_ns if self._pinned is not None else 0
 
-    def admit(
-        self, device: torch.device, *, replays: bool, wait: bool, timeout_s: float | None = None
-    ) -> bool:
+    def admit(self, device: torch.device, *, wait: bool, timeout_s: float | None = None) -> bool:
         """Before a graph runs on ``device``: as ``PinnedTransfer.admit``."""
-        return self._through_pinned().admit(device, replays=replays, wait=wait, timeout_s=timeout_s)
+        return self._through_pinned().admit(device, wait=wait, timeout_s=timeout_s)
 
     def in_order(self, device: torch.device | None) -> AbstractContextManager[Any]:
         """Held around ``start`` and the hand-over of what it answers."""
         return nullcontext() if device is None else self._through_pinned().order
 
-    def start(self, values: Sequence[torch.Tensor], *, replays: bool = False) -> Landing | list[torch.Tensor]:
+    def start(
+        self, values: Sequence[torch.Tensor], *, overwritten: bool = False
+    ) -> Landing | list[torch.Tensor]:
         """Begin moving ``values``; called on the thread that ran the graph, right after it.
+
+        Args:
+            overwritten: as for ``PinnedTransfer.start``, of values on a device.
 
         Returns:
             The values themselves where they are on the host already.
@@ -60,7 +63,7 @@ class Transfer:
             return list(values)
         if "cuda" not in kinds:
             return [value.cpu() for value in values]
-        return self._through_pinned().start(values, replays=replays)
+        return self._through_pinned().start(values, overwritten=overwritten)
 
     def shut(self) -> None:
         """Let nothing wait any more: what would make room has failed."""
@@ -68,6 +71,12 @@ class Transfer:
             self._open = False
             if self._pinned is not None:
                 self._pinned.shut()
+
+    def close(self) -> None:
+        """Give pinned memory back; after the last value."""
+        self.shut()
+        if self._pinned is not None:
+            self._pinned.close()
 
     def _through_pinned(self) -> PinnedTransfer:
         if self._pinned is None:
