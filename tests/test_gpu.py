@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from hooks import eager_values
+from hooks import eager_values, same_bits
 from models import make, tokens
+from torch import nn
 from torch._dynamo.utils import counters
 
-from fx_instrument import InstrumentationConfig, InstrumentationFramework, open_stream
+from fx_instrument import (
+    BufferTooSmallError,
+    HookConfig,
+    HookGranularity,
+    InstrumentationConfig,
+    InstrumentationFramework,
+    open_stream,
+)
+from fx_instrument.capture.cuda import CudaEngine
+from fx_instrument.stream.writer import StreamWriter
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,9 +46,21 @@ def check_values(path: Path, model: Any, inputs: list[torch.Tensor], atol: float
                 )
 
 
+@pytest.fixture
+def recordings() -> Iterator[mock.Mock]:
+    """How often a CUDA graph was recorded."""
+    from torch._inductor import cudagraph_trees
+
+    record = cudagraph_trees.CUDAGraphNode._record
+    with mock.patch.object(
+        cudagraph_trees.CUDAGraphNode, "_record", autospec=True, side_effect=record
+    ) as spy:
+        yield spy
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_replays_keep_each_steps_values(tmp_path: Path, mode: str) -> None:
-    """CUDA graphs stay on, and what a later replay overwrites was saved before."""
+def test_replays_keep_each_steps_values(tmp_path: Path, mode: str, recordings: mock.Mock) -> None:
+    """CUDA graphs stay on, nothing is recorded again, and what a later replay overwrites was saved before."""
     model = make().cuda()
     eager = copy.deepcopy(model)
     framework = InstrumentationFramework()
@@ -48,18 +73,20 @@ def test_replays_keep_each_steps_values(tmp_path: Path, mode: str) -> None:
         with framework.capture_activations(None):
             for _ in range(3):
                 model(inputs[0])
+        assert bool(recordings.call_count) == (mode == "reduce-overhead")
+        recordings.reset_mock()
         counters.clear()
         with framework.capture_activations(path) as capture:
             for value in inputs:
                 model(value)
+    assert not recordings.called
     assert capture.report.records == STEPS * len(framework.sites) and capture.report.dropped_records == 0
     assert counters["inductor"]["cudagraph_skips"] == 0
     assert not counters["stats"]["unique_graphs"], "nothing compiled again"
     check_values(path, eager, inputs)
 
 
-def test_generate_with_a_static_cache(tmp_path: Path) -> None:
-    """The tokens of the uncaptured model, and a row for every token but the last."""
+def small_llama() -> Any:
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(
         "llama",
@@ -71,19 +98,234 @@ def test_generate_with_a_static_cache(tmp_path: Path) -> None:
         vocab_size=100,
     )
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval().cuda()
+    return transformers.AutoModelForCausalLM.from_config(config).eval().cuda()
+
+
+def test_generate_with_a_static_cache(tmp_path: Path, recordings: mock.Mock) -> None:
+    """The tokens of the uncaptured model, under CUDA graphs; each row is the one that eager hooks see."""
+    model = small_llama()
+    eager = copy.deepcopy(model)
     ids = torch.randint(3, 100, (2, 7)).cuda()
     options = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
     expected = model.generate(ids, **options)
     framework = InstrumentationFramework()
     framework.instrument_model(model, mode="reduce-overhead")
     path = tmp_path / "g.stream"
-    with framework.capture_activations(path):
-        found = model.generate(ids, **options)
-    assert torch.equal(found, expected)
+    for _ in range(2):
+        # The first time Dynamo compiles, and graphs are recorded.
+        recordings.reset_mock()
+        counters.clear()
+        with framework.capture_activations(path):
+            found = model.generate(ids, **options)
+        assert torch.equal(found, expected)
+    assert counters["inductor"]["cudagraph_skips"] == 0 and not counters["stats"]["unique_graphs"]
+    assert not recordings.called
+    names = [site.name for site in framework.sites]
+    seen = eager_values(eager, names, lambda m: m(expected[:, :-1], use_cache=False))
     with open_stream(path) as stream:
-        for site in framework.sites:
-            assert stream[site.name].cat().shape[1] == 7 + 12 - 1
+        for name in names:
+            rows = stream[name].cat()
+            assert rows.shape[1] == 7 + 12 - 1
+            torch.testing.assert_close(rows, seen[name, 0, 0].cpu(), atol=1e-4, rtol=1e-4)
+
+
+def test_no_synchronisation_on_the_models_thread(tmp_path: Path) -> None:
+    """torch tells of every call that makes the host wait for the device."""
+    model = make().cuda()
+    framework = InstrumentationFramework()
+    framework.instrument_model(model, mode="reduce-overhead")
+    value = tokens(2, 16).cuda()
+    with torch.no_grad(), framework.capture_activations(tmp_path / "g.stream"):
+        for _ in range(3):
+            model(value)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(STEPS):
+                model(value)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("on_full", ["stall", "drop"])
+def test_a_backlog_of_the_writer(tmp_path: Path, mode: str, on_full: Any) -> None:
+    """The writer is much slower than the model: "stall" keeps all, "drop" counts what is lost; no value is wrong."""
+    model = make().cuda()
+    eager = copy.deepcopy(model)
+    framework = InstrumentationFramework(InstrumentationConfig(max_memory_gb=0.008))
+    framework.instrument_model(model, mode=mode)
+    inputs = [tokens(16, 256, seed=seed).cuda() for seed in range(24)]
+    path = tmp_path / "g.stream"
+    put = StreamWriter.put
+    slow = threading.Event()
+
+    def slowly(self: StreamWriter, *args: Any, **kwargs: Any) -> None:
+        slow.wait(0.01)
+        put(self, *args, **kwargs)
+
+    with torch.no_grad():
+        for _ in range(3):
+            with framework.capture_activations(None):
+                model(inputs[0])
+        with (
+            mock.patch.object(StreamWriter, "put", slowly),
+            framework.capture_activations(path, on_full=on_full) as capture,
+        ):
+            for value in inputs:
+                model(value)
+            slow.set()
+    report = capture.report
+    assert report.records + report.dropped_records == len(inputs) * len(framework.sites)
+    assert bool(report.dropped_records) == (on_full == "drop")
+    assert on_full == "drop" or report.stalled_seconds > 0
+    names = [site.name for site in framework.sites]
+    with open_stream(path) as stream:
+        for step, value in enumerate(inputs):
+            seen = eager_values(eager, names, lambda m, v=value: m(v))
+            for name in names:
+                for record in stream[name]:
+                    if record.step == step:
+                        torch.testing.assert_close(
+                            record.tensor(), seen[name, 0, 0].cpu(), atol=1e-4, rtol=1e-4
+                        )
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_sampled_values_and_inference_mode(tmp_path: Path, mode: str) -> None:
+    """Blocks in and out of inference mode share what the capture keeps on the device and on the host."""
+    model = make().cuda()
+    eager = copy.deepcopy(model)
+    config = InstrumentationConfig(
+        granularity=HookGranularity.SAMPLED_SLICES, hook_config=HookConfig(sampling_rate=0.05)
+    )
+    framework = InstrumentationFramework(config)
+    framework.instrument_model(model, mode=mode)
+    value = tokens(3, 16).cuda()
+    names = [site.name for site in framework.sites]
+    with torch.no_grad():
+        seen = eager_values(eager, names, lambda m: m(value))
+    path = tmp_path / "g.stream"
+    with framework.capture_activations(path):
+        for context in (torch.inference_mode, torch.no_grad, torch.inference_mode, torch.no_grad):
+            with context():
+                for _ in range(3):
+                    model(value)
+    with open_stream(path) as stream:
+        assert stream.num_steps == 12
+        for name in names:
+            whole = seen[name, 0, 0].cpu().flatten()
+            for record in stream[name]:
+                torch.testing.assert_close(record.tensor(), whole[record.positions()], atol=1e-4, rtol=1e-4)
+
+
+def test_inputs_are_those_of_their_step(tmp_path: Path) -> None:
+    """The caller writes its token buffer again as soon as the call has returned."""
+    model = make().cuda()
+    framework = InstrumentationFramework()
+    framework.instrument_model(model, mode="reduce-overhead")
+    inputs = [tokens(2, 16, seed=seed) for seed in range(STEPS)]
+    buffer = inputs[0].cuda()
+    path = tmp_path / "g.stream"
+    with torch.no_grad(), framework.capture_activations(path):
+        for value in inputs:
+            buffer.copy_(value)
+            model(buffer)
+    with open_stream(path) as stream:
+        (site,) = (site for site in stream.sites if site.role == "input")
+        for step, value in enumerate(inputs):
+            assert torch.equal(stream.read(site.name, step), value)
+
+
+def test_a_model_on_the_host_and_on_a_device(tmp_path: Path) -> None:
+    """Values of one step from both: each comes by its own way."""
+
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8).cuda()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.second(self.first(x).cuda())
+            return out
+
+    model = Split().eval()
+    eager = copy.deepcopy(model)
+    config = InstrumentationConfig(hook_config=HookConfig(target_layers=["first", "second"]))
+    framework = InstrumentationFramework(config)
+    framework.instrument_model(model, backend="aot_eager")
+    inputs = [torch.randn(4, 8) for _ in range(STEPS)]
+    path = tmp_path / "g.stream"
+    with torch.no_grad(), framework.capture_activations(path):
+        for value in inputs:
+            model(value)
+    check_values(path, eager, inputs)
+
+
+def test_threads_with_streams_of_their_own(tmp_path: Path) -> None:
+    """Two threads run one model: no value of one is taken for the other's."""
+    model = make().cuda()
+    eager = copy.deepcopy(model)
+    framework = InstrumentationFramework()
+    framework.instrument_model(model)
+    inputs = [[tokens(2, 16, seed=10 * thread + n).cuda() for n in range(STEPS)] for thread in range(2)]
+    with torch.no_grad():
+        with framework.capture_activations(None):
+            model(inputs[0][0])
+        torch.cuda.synchronize()
+        path = tmp_path / "g.stream"
+
+        def work(values: list[torch.Tensor]) -> None:
+            with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+                for value in values:
+                    model(value)
+
+        with framework.capture_activations(path):
+            threads = [threading.Thread(target=work, args=(values,)) for values in inputs]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    names = [site.name for site in framework.sites]
+    with open_stream(path) as stream:
+        (ids,) = (site.name for site in stream.sites if site.role == "input")
+        for step in range(2 * STEPS):
+            given = stream.read(ids, step).cuda()
+            for (name, _, call), seen in eager_values(eager, names, lambda m, v=given: m(v)).items():
+                torch.testing.assert_close(stream.read(name, step, call), seen.cpu(), atol=1e-4, rtol=1e-4)
+
+
+def test_pinned_memory_is_what_was_asked_for() -> None:
+    """To the page, page-locked for CUDA, and the same for the next capture of that size."""
+    engine = CudaEngine()
+    size = 33_000_000
+    memory = engine.allocate(size)
+    assert memory.nbytes == size and memory.is_pinned()
+    engine.free(memory)
+    again = engine.allocate(size)
+    assert again.data_ptr() == memory.data_ptr()
+    other = engine.allocate(size)
+    assert other.data_ptr() != again.data_ptr()
+    value = torch.randint(0, 255, (size,), dtype=torch.uint8, device="cuda")
+    engine.copy(other, value, engine.mark(value.device)).synchronize()
+    assert same_bits(other, value.cpu())
+    engine.free(again)
+    engine.free(other)
+
+
+def test_a_value_larger_than_the_pinned_buffer_is_refused() -> None:
+    """With both sizes; the model's result stands, and the next block captures."""
+    model = make().cuda()
+    framework = InstrumentationFramework(InstrumentationConfig(max_memory_gb=0.008))
+    framework.instrument_model(model)
+    with torch.no_grad():
+        with (
+            pytest.raises(BufferTooSmallError, match="larger than the pinned buffer"),
+            framework.capture_activations(None),
+        ):
+            model(tokens(256, 1024).cuda())
+        with framework.capture_activations(None) as capture:
+            model(tokens(2, 16).cuda())
+    assert capture.report.records == len(framework.sites)
 
 
 def test_a_prefill_larger_than_the_ring(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What capturing costs on a CUDA device: ``python -m benchmarks.gpu``."""
