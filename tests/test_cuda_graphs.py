@@ -14,7 +14,13 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.utils import get_all_devices, get_first_incompatible_cudagraph_node
 
-from fx_instrument import HookConfig, HookGranularity, InstrumentationConfig, InstrumentationFramework
+from fx_instrument import (
+    HookConfig,
+    HookGranularity,
+    InstrumentationConfig,
+    InstrumentationFramework,
+    open_stream,
+)
 
 ATEN = torch.ops.aten
 # What a capture is made of, below AOTAutograd.
@@ -127,3 +133,47 @@ def test_decoding_with_a_static_cache(tmp_path: Path) -> None:
 
     added = check(*variants(model, call, tmp_path / "c.stream"))
     assert set(added) <= CAPTURE and added[ATEN.clone.default] == 4
+
+
+def test_a_call_that_makes_a_static_cache_runs_eagerly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers itself does: made in a CUDA graph, the cache would be overwritten. Nothing of it is lost."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr("fx_instrument.graph.attach.is_on_cpu", lambda model: False)
+    config = transformers.AutoConfig.for_model(
+        "llama",
+        num_hidden_layers=2,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=37,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    options = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static", "pad_token_id": 0}
+    ids = tokens(2, 7)
+    expected = model.generate(ids, **options)
+    lengths: list[int] = []
+
+    def inner(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            lengths.append(next(int(a.shape[1]) for a in args if a.dim() == 2 and a.dtype == torch.long))
+            return gm.forward(*args)
+
+        return run
+
+    framework = InstrumentationFramework()
+    framework.instrument_model(model, backend=inner)
+    path = tmp_path / "c.stream"
+    for _ in range(2):
+        lengths.clear()
+        with framework.capture_activations(path) as capture:
+            assert torch.equal(model.generate(ids, **options), expected)
+        assert lengths == [1] * 4, "no prefill among the compiled calls"
+        assert capture.report.eager_records == len(framework.sites)
+        assert capture.report.records == 5 * len(framework.sites)
+    model.generate(ids, **options)
+    with open_stream(path) as stream:
+        for site in framework.sites:
+            assert stream[site.name].cat().shape[1] == 7 + 4

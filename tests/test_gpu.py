@@ -112,14 +112,15 @@ def test_generate_with_a_static_cache(tmp_path: Path, recordings: mock.Mock) -> 
     framework.instrument_model(model, mode="reduce-overhead")
     path = tmp_path / "g.stream"
     for _ in range(2):
-        # The first time Dynamo compiles, and graphs are recorded.
+        # Each call of generate has a cache of its own, which graphs are recorded for.
         recordings.reset_mock()
         counters.clear()
-        with framework.capture_activations(path):
+        with framework.capture_activations(path) as capture:
             found = model.generate(ids, **options)
         assert torch.equal(found, expected)
-    assert counters["inductor"]["cudagraph_skips"] == 0 and not counters["stats"]["unique_graphs"]
-    assert not recordings.called
+        assert recordings.call_count == 1 and counters["inductor"]["cudagraph_skips"] == 0
+        assert capture.report.eager_records == len(framework.sites), "of the prefill, which makes the cache"
+    assert not counters["stats"]["unique_graphs"]
     names = [site.name for site in framework.sites]
     seen = eager_values(eager, names, lambda m: m(expected[:, :-1], use_cache=False))
     with open_stream(path) as stream:
@@ -127,6 +128,41 @@ def test_generate_with_a_static_cache(tmp_path: Path, recordings: mock.Mock) -> 
             rows = stream[name].cat()
             assert rows.shape[1] == 7 + 12 - 1
             torch.testing.assert_close(rows, seen[name, 0, 0].cpu(), atol=1e-4, rtol=1e-4)
+
+
+def test_decoding_with_a_cache_of_the_callers_own(tmp_path: Path, recordings: mock.Mock) -> None:
+    """One graph for all steps, nothing skipped, and each step's values."""
+    transformers = pytest.importorskip("transformers")
+    model = small_llama()
+    eager = copy.deepcopy(model)
+    framework = InstrumentationFramework()
+    framework.instrument_model(model, mode="reduce-overhead")
+    cache = transformers.StaticCache(config=model.config, max_cache_len=32)
+    ids = torch.randint(3, 100, (2, 20)).cuda()
+    path = tmp_path / "g.stream"
+
+    def decode() -> None:
+        for position in range(20):
+            positions = torch.full((2, 1), position, device="cuda")
+            model(ids[:, position : position + 1], past_key_values=cache, position_ids=positions)
+
+    with torch.no_grad():
+        for _ in range(2):
+            with framework.capture_activations(None):
+                decode()
+            cache.reset()
+        recordings.reset_mock()
+        counters.clear()
+        with framework.capture_activations(path) as capture:
+            decode()
+    assert not recordings.called and not counters["stats"]["unique_graphs"]
+    assert counters["inductor"]["cudagraph_skips"] == 0 and not capture.report.eager_records
+    names = [site.name for site in framework.sites]
+    with torch.no_grad():
+        seen = eager_values(eager, names, lambda m: m(ids, use_cache=False))
+    with open_stream(path) as stream:
+        for name in names:
+            torch.testing.assert_close(stream[name].cat(), seen[name, 0, 0].cpu(), atol=1e-4, rtol=1e-4)
 
 
 def test_no_synchronisation_on_the_models_thread(tmp_path: Path) -> None:

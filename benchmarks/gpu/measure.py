@@ -37,6 +37,8 @@ class Decode:
         self._cache = StaticCache(config=model.config, max_cache_len=cache_length)
         self._first = torch.full((batch, 1), 11, device=device)
         self._positions = torch.arange(steps, device=device)
+        # The first call makes the cache's memory; in a CUDA graph it would be overwritten by the next.
+        model(self._first, past_key_values=self._cache, position_ids=self._first * 0, use_cache=True)
 
     def __call__(self, model: Any, *, each: bool = False) -> None:
         """All steps; with ``each``, the host waits for every token, as ``generate`` does."""

@@ -23,6 +23,7 @@ from .marker import (
     Sink,
     give_token,
     hook,
+    is_exporting,
     is_plain,
     is_recomputing,
     step_begin,
@@ -77,14 +78,15 @@ class Attachment:
         """
         model = self.model
         idle, capturing = (self.compiled_variant(backend, **options) for _ in range(2))
+        on_cpu = is_on_cpu(model)
+        eager = model._call_impl if not on_cpu and getattr(backend, "replays", False) else None
         for module in (model,) if self._outer is None else (model, self._outer):
             # In the instance's __dict__, as Module.compile leaves it; absent where only the class has it.
             self._before.append((module, module.__dict__.get("_compiled_call_impl")))
             module.__dict__["_compiled_call_impl"] = CountedCall(
-                idle, capturing, self.marker, self.gate, self._input_names
+                idle, capturing, self.marker, self.gate, self._input_names, eager
             )
         generation_config = getattr(model, "generation_config", None)
-        on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
         if generation_config is not None and not on_cpu and hasattr(generation_config, "disable_compile"):
             # On accelerators generate() compiles static-cache decoding itself, past this backend.
             self._generation_config = (generation_config, generation_config.disable_compile)
@@ -217,9 +219,14 @@ def check_free(model: nn.Module) -> None:
 
 
 class CountedCall:
-    """A compiled forward call that tells the open capture where a step begins and ends; stands outside the graph."""
+    """A compiled forward call that tells the open capture where a step begins and ends; stands outside the graph.
 
-    __slots__ = ("_capturing", "_gate", "_idle", "_input_names", "_marker", "_mine")
+    Args:
+        eager: runs calls that make a static cache of their own; None compiles them too. Made in a CUDA graph, the cache
+            would lie in memory that the graph's next run overwrites.
+    """
+
+    __slots__ = ("_capturing", "_eager", "_gate", "_idle", "_input_names", "_marker", "_mine")
 
     def __init__(
         self,
@@ -228,7 +235,9 @@ class CountedCall:
         marker: Marker,
         gate: Gate,
         input_names: Sequence[str],
+        eager: Callable[..., Any] | None = None,
     ) -> None:
+        self._eager = eager
         self._gate = gate
         self._mine = gate.mine
         self._idle = idle
@@ -251,24 +260,27 @@ class CountedCall:
         try:
             if gate.switching:
                 gate.wait(turn)
+            eager = self._eager
+            if eager is not None and not makes_cache(kwargs):
+                eager = None
             if self._marker.sink is None:
-                return self._idle(*args, **kwargs)
-            return self._capture(args, kwargs)
+                return (eager or self._idle)(*args, **kwargs)
+            return self._capture(args, kwargs, eager or self._capturing)
         finally:
             turn.depth -= 1
             if gate.switching:
                 gate.left()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _capture(self, args: Any, kwargs: Any) -> Any:
+    def _capture(self, args: Any, kwargs: Any, call: Callable[..., Any]) -> Any:
         marker = self._marker
         sink = marker.sink
-        if sink is None or torch.compiler.is_exporting() or is_recomputing():
+        if sink is None or is_exporting() or is_recomputing():
             # No forward call of its own: what is exported does not run, what is recomputed ran before.
-            return self._capturing(*args, **kwargs)
+            return call(*args, **kwargs)
         sink.begin_step(_checked(integer_inputs(self._input_names, args, kwargs)))
         try:
-            result = self._capturing(*args, **kwargs)
+            result = call(*args, **kwargs)
             marker.witness.completed = True
             return result
         except BackendCompilerFailed as failure:
@@ -281,6 +293,18 @@ class CountedCall:
             sink.end_step()
 
 
+def is_on_cpu(model: nn.Module) -> bool:
+    return all(parameter.device.type == "cpu" for parameter in model.parameters())
+
+
+def makes_cache(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call makes the memory of a static cache that it is given, as transformers' do in their first call."""
+    return any(
+        getattr(value, "is_compileable", False) and not getattr(value, "is_initialized", True)
+        for value in kwargs.values()
+    )
+
+
 class _BeginStep:
     def __init__(self, marker: Marker, input_names: Sequence[str]) -> None:
         self._marker = marker
@@ -288,7 +312,7 @@ class _BeginStep:
 
     @hook
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self._marker.capturing or torch.compiler.is_exporting():
+        if not self._marker.capturing or is_exporting():
             return
         if torch.compiler.is_dynamo_compiling():
             inputs = integer_inputs(self._input_names, args, kwargs)
@@ -308,7 +332,7 @@ class _EndStep:
 
     @hook
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._marker.capturing or torch.compiler.is_exporting():
+        if not self._marker.capturing or is_exporting():
             return
         if torch.compiler.is_dynamo_compiling():
             step_end()

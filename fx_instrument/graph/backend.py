@@ -80,7 +80,8 @@ class CaptureBackend:
         self._inner = resolve_inner(inner, mode, options, dynamic)
         self._pack_on = pack_on
         self._strict = strict
-        self._replays = _replays(inner, mode, options)
+        self.replays = _replays(inner, mode, options)
+        """Whether its graphs may run as CUDA graphs, where they have a CUDA device."""
         self.compiler_name = getattr(self._inner, "compiler_name", None) or str(inner)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Compiled:
@@ -105,7 +106,7 @@ class CaptureBackend:
             compiled = compile_strictly(self._inner, plain.gm, rewritten, inputs, **kwargs)
         else:
             compiled = self._inner(rewritten.gm, inputs, **kwargs)
-        return CapturedGraph(compiled, rewritten, sizes, self._marker, self._finder, self._replays)
+        return CapturedGraph(compiled, rewritten, sizes, self._marker, self._finder, self.replays)
 
     def reset(self) -> None:
         if hasattr(self._inner, "reset"):

@@ -161,6 +161,11 @@ def hook(function: Hook) -> Hook:
     return function
 
 
+def is_exporting() -> bool:
+    """Whether ``torch.export`` runs; torch 2.11 takes ``torch.compiler.is_exporting()`` for true in any trace."""
+    return torch.compiler._is_exporting_flag
+
+
 def is_recomputing() -> bool:
     """Whether this thread runs a backward pass: what runs modules there is activation checkpointing, once more."""
     task: int = torch._C._current_graph_task_id()
@@ -181,7 +186,7 @@ class Marker:
 
     @hook
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self.capturing or torch.compiler.is_exporting():
+        if not self.capturing or is_exporting():
             return
         if torch.compiler.is_dynamo_compiling():
             value = first_tensor(output)

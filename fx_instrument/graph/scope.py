@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from .marker import Marker, hook, op_scope, tap
+from .marker import Marker, hook, is_exporting, op_scope, tap
 from .ops import ATTENTION_OPS, heads_joined
 
 _OPS = frozenset(ATTENTION_OPS.values())
@@ -33,7 +33,7 @@ class ScopeMarker:
 
     @hook
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self.marker.capturing or torch.compiler.is_exporting():
+        if not self.marker.capturing or is_exporting():
             return
         if torch.compiler.is_dynamo_compiling():
             op_scope(module._fx_instrument_op_token)  # type: ignore[arg-type]
