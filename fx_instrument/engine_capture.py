@@ -156,9 +156,7 @@ class EngineCapture(InstrumentationFramework):
         attachment = self._attachment
         if not isinstance(attachment, Attachment):
             raise InstrumentationError("attach the model before its graphs are compiled")
-        captured = CaptureBackend(
-            attachment.marker, attachment.finder, None, inner, pack_on=(), options=options
-        )
+        captured = CaptureBackend(attachment.marker, attachment.finder, None, inner, options=options)
         compiled = captured(graph, example_inputs, **kwargs)
         if self._all_requests or not isinstance(inner, str):
             return compiled
@@ -167,7 +165,7 @@ class EngineCapture(InstrumentationFramework):
             return compiled
         # Calls in which nobody asked run the graph that they would have run without us.
         arguments = stripped.arguments
-        plain = CaptureBackend(attachment.marker, attachment.finder, None, inner, pack_on=(), options=options)
+        plain = CaptureBackend(attachment.marker, attachment.finder, None, inner, options=options)
         idle = plain(stripped.gm, [example_inputs[index] for index in arguments], **kwargs)
         sink = self.sink
 

@@ -33,7 +33,6 @@ class StepSink:
         sites: Sequence[Site],
         values: Sequence[torch.Tensor],
         full_shapes: Any,
-        cuts: Any = None,
     ) -> None:
         if self.armed:
             self.values.extend(zip(sites, values, strict=True))

@@ -139,7 +139,6 @@ def verify_model(
             attachment.finder,
             _sampling(config),
             captured.inner(resolve_inner(inner, *bound)),
-            pack_on=(),
             strict=strict,
         )
         backend = captured.outer(backend)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from fx_instrument.capture.pinned import Place
+
 DEVICE = torch.device("cuda:0")
 
 
@@ -72,7 +74,7 @@ class Device:
         self.copies: deque[Callable[[], object] | Wait] = deque()
         self.allocated: list[int] = []
         self.freed: list[int] = []
-        self._gathered: Value | None = None
+        self._gathered: dict[Place, Value] = {}
         self._lock = threading.RLock()
 
     # -- what the transfer asks of it
@@ -105,18 +107,23 @@ class Device:
         return kept
 
     def gather(
-        self, values: Sequence[Value], starts: Sequence[int], num_bytes: int, after: Event | None
+        self,
+        place: Place,
+        values: Sequence[Value],
+        starts: Sequence[int],
+        num_bytes: int,
+        after: Event | None,
     ) -> Value:
         if after is not None:
             self.compute.append(Wait(after))
-        if self._gathered is None or self._gathered.nbytes < num_bytes:
-            self._gathered = Value(self, Memory(num_bytes), owns=True)
-        target = self._gathered.memory.data
+        gathered = self._gathered.get(place)
+        if gathered is None or gathered.nbytes < num_bytes:
+            gathered = self._gathered[place] = Value(self, Memory(num_bytes), owns=True)
         for value, start in zip(values, starts, strict=True):
             source = value.memory.data
-            place = target[start : start + value.nbytes].view(value.dtype).view(value.shape)
-            self.compute.append(lambda source=source, place=place: place.copy_(source))
-        return self._gathered
+            part = gathered.memory.data[start : start + value.nbytes].view(value.dtype).view(value.shape)
+            self.compute.append(lambda source=source, part=part: part.copy_(source))
+        return gathered
 
     # -- what the test makes of it
 

@@ -11,7 +11,6 @@ from simulated_device import DEVICE, Device, Memory, Value
 from test_capture import A, B, HeldWriter
 
 from fx_instrument import BufferTooSmallError, open_stream
-from fx_instrument.capture.handover import Cut
 from fx_instrument.capture.session import Session
 from fx_instrument.stream.records import RecordMeta
 from fx_instrument.stream.writer import StreamWriter
@@ -46,7 +45,6 @@ def run_graph(
     contents: list[torch.Tensor],
     *,
     replays: bool,
-    cuts: list[Cut] | None = None,
 ) -> None:
     """A step: the host asks, lets the device compute, and hands the outputs on, as the graph's wrapper does."""
     capture.begin_step({})
@@ -54,7 +52,7 @@ def run_graph(
     for memory, value in zip(memories, contents, strict=True):
         device.compute.append(lambda data=memory.data, value=value: data.copy_(value))
     values: Any = [Value(device, memory, owns=not replays) for memory in memories]
-    capture.deliver(ticket, [A, B], values, None, cuts)
+    capture.deliver(ticket, [A, B], values, None)
     capture.end_step()
 
 
@@ -82,21 +80,27 @@ def test_a_long_capture_through_a_small_ring(tmp_path: Path, replays: bool) -> N
                 assert torch.equal(stream.read(name, step), content(step, site))
 
 
-def test_packed_outputs_are_cut_into_records(tmp_path: Path) -> None:
-    """One output and one copy a step; each site's part has its own name and shape in the file."""
+def test_small_values_come_in_one_piece(tmp_path: Path) -> None:
+    """One copy a step, put into the writer as it lies; each site's value has its own name and shape in the file."""
     path = tmp_path / "d.stream"
     device = Device()
     capture = session(StreamWriter(path, metadata={}, codec="zstd", memory_bytes=3_000_000), device)
-    static = [Memory(10, dtype=torch.float32)]
-    cuts = [(0, 0, 6, (2, 3)), (0, 6, 4, (4,))]
+    shapes = (2, 3), (4,)
+    static = [Memory(*shape, dtype=torch.float32) for shape in shapes]
+    copies = 0
     for step in range(9):
-        run_graph(capture, device, static, [content(step, 0, (10,))], replays=True, cuts=cuts)
+        before = len(device.copies)
+        run_graph(
+            capture, device, static, [content(step, site, shapes[site]) for site in range(2)], replays=True
+        )
+        copies += len(device.copies) - before == 3  # a wait, a copy, an event
+        device.run_until(lambda: not device.copies)
     capture.close()
-    assert capture.report.records == 18
+    assert copies == 9 and capture.report.records == 18
     with open_stream(path) as stream:
         for step in range(9):
-            assert torch.equal(stream.read("a", step), content(step, 0, (10,))[:6].view(2, 3))
-            assert torch.equal(stream.read("b", step), content(step, 0, (10,))[6:])
+            for site, name in enumerate("ab"):
+                assert torch.equal(stream.read(name, step), content(step, site, shapes[site]))
 
 
 def test_a_full_ring_drops_and_counts() -> None:

@@ -267,9 +267,8 @@ def test_inputs_are_those_of_their_step(tmp_path: Path) -> None:
             buffer.copy_(value)
             model(buffer)
     with open_stream(path) as stream:
-        (site,) = (site for site in stream.sites if site.role == "input")
         for step, value in enumerate(inputs):
-            assert torch.equal(stream.read(site.name, step), value)
+            assert torch.equal(stream.inputs(step)["input_ids"], value)
 
 
 def test_a_model_on_the_host_and_on_a_device(tmp_path: Path) -> None:
@@ -323,9 +322,8 @@ def test_threads_with_streams_of_their_own(tmp_path: Path) -> None:
                 thread.join()
     names = [site.name for site in framework.sites]
     with open_stream(path) as stream:
-        (ids,) = (site.name for site in stream.sites if site.role == "input")
         for step in range(2 * STEPS):
-            given = stream.read(ids, step).cuda()
+            given = stream.inputs(step)["input_ids"].cuda()
             for (name, _, call), seen in eager_values(eager, names, lambda m, v=given: m(v)).items():
                 torch.testing.assert_close(stream.read(name, step, call), seen.cpu(), atol=1e-4, rtol=1e-4)
 

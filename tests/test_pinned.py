@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from simulated_device import DEVICE, Device, Memory, Value
 
-from fx_instrument.capture import pinned
-from fx_instrument.capture.pinned import Landing, PinnedTransfer, Room
+from fx_instrument.capture import layout
+from fx_instrument.capture.pinned import Arrival, Landing, PinnedTransfer
 from fx_instrument.capture.ring import ALIGNMENT, Ring, Span
 from fx_instrument.errors import BufferTooSmallError
 
@@ -49,19 +49,17 @@ def test_spans_in_use_never_overlap(asked: list[tuple[int, random.Random]]) -> N
 class Interleavings(RuleBasedStateMachine):
     """Graph runs, copies, arrivals and released records in any order: each record has its own run's bytes."""
 
-    @initialize(small=st.sampled_from([0, 200, pinned._SMALL_BYTES]))
+    @initialize(small=st.sampled_from([0, 200, layout._SMALL_BYTES]))
     def begin(self, small: int) -> None:
-        self.patch = mock.patch.object(pinned, "_SMALL_BYTES", small)
+        self.patch = mock.patch.object(layout, "_SMALL_BYTES", small)
         self.patch.start()
         self.device = Device()
         self.transfer = PinnedTransfer(CAPACITY, self.device)
         self.static = [Memory(n) for n in (40, 300, 700)]  # what a CUDA graph writes at each replay
         self.runs = 0
         self.queue: deque[tuple[Landing, list[torch.Tensor]]] = deque()
-        self.draining: tuple[Iterator[tuple[list[torch.Tensor], Room | None]], list[torch.Tensor]] | None = (
-            None
-        )
-        self.held: list[tuple[list[torch.Tensor], list[torch.Tensor], Room]] = []
+        self.draining: tuple[Iterator[Arrival], list[torch.Tensor]] | None = None
+        self.held: list[tuple[Arrival, list[torch.Tensor]]] = []
         self.started = self.stored = 0
 
     @rule(replays=st.booleans(), sizes=st.lists(st.integers(0, CAPACITY), min_size=1, max_size=5))
@@ -104,9 +102,7 @@ class Interleavings(RuleBasedStateMachine):
             assert not expected
             self.draining = None
             return
-        values, room = found
-        assert room is not None
-        self.held.append((values, [expected.pop(0) for _ in values], room))
+        self.held.append((found, [expected.pop(0) for _ in found.layout.starts]))
 
     @precondition(lambda self: self.held)
     @rule(chance=st.randoms(use_true_random=False))
@@ -115,10 +111,10 @@ class Interleavings(RuleBasedStateMachine):
 
     def store_record(self, index: int) -> None:
         """The writer reads a record as late as it gives it back."""
-        values, expected, room = self.held.pop(index)
-        equal = all(torch.equal(*pair) for pair in zip(values, expected, strict=True))
-        room()
-        self.stored += len(values)
+        arrival, expected = self.held.pop(index)
+        equal = all(torch.equal(*pair) for pair in zip(arrival.values(), expected, strict=True))
+        give_back(arrival)
+        self.stored += len(expected)
         assert equal
 
     def store_everything(self) -> None:
@@ -147,6 +143,11 @@ TestInterleavings = Interleavings.TestCase
 TestInterleavings.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
+def give_back(arrival: Arrival) -> None:
+    assert arrival.room is not None, "it came from the device"
+    arrival.room()
+
+
 def values_of(device: Device, contents: list[torch.Tensor]) -> list[Value]:
     values = []
     for content in contents:
@@ -164,14 +165,13 @@ def test_a_run_larger_than_the_ring_flows_through_it() -> None:
     with transfer.order:
         landing = transfer.start(values_of(device, contents))
     assert landing.num_started == 4
-    held: list[tuple[list[torch.Tensor], Room | None]] = []
+    held: list[Arrival] = []
     seen = []
 
     def make_room() -> None:
-        for values, room in held:
-            seen.extend(int(value.unique()) for value in values)
-            assert room is not None
-            room()
+        for arrival in held:
+            seen.extend(int(value.unique()) for value in arrival.values())
+            give_back(arrival)
         held.clear()
 
     for found in landing.arrivals(make_room):
@@ -208,7 +208,7 @@ def test_a_replay_does_not_wait_for_the_copies_of_the_one_before() -> None:
     while device.advance(device.compute):
         pass
     assert output.data.unique() == 2, "the second run wrote while the first one's copy had not begun"
-    arrived = [values[0].clone() for landing in landings for values, _ in landing.arrivals(lambda: None)]
+    arrived = [a.values()[0].clone() for landing in landings for a in landing.arrivals(lambda: None)]
     assert [int(value.unique()) for value in arrived] == [1, 2]
 
 
@@ -221,11 +221,11 @@ def test_values_of_a_run_leave_in_one_piece() -> None:
             values_of(device, [torch.full((24,), n, dtype=torch.uint8) for n in range(9)])
         )
     assert len(device.copies) == 3, "a wait, a copy, an event"
-    ((values, room),) = landing.arrivals(lambda: None)
+    (arrival,) = landing.arrivals(lambda: None)
+    values = arrival.values()
     assert [int(value.unique()) for value in values] == list(range(9))
     assert values[8].data_ptr() - values[0].data_ptr() == 8 * 24, "side by side"
-    assert room is not None
-    room()
+    give_back(arrival)
     assert transfer.ring.held_bytes == 0
 
 
@@ -247,11 +247,10 @@ def test_a_backlog_holds_up_the_host_until_its_values_are_under_way() -> None:
     thread.start()
     taken = []
     for landing in landings:
-        for values, room in landing.arrivals(lambda: None):
+        for arrival in landing.arrivals(lambda: None):
             assert taken or not admitted.is_set()
-            taken += [int(value[0]) for value in values]
-            assert room is not None
-            room()
+            taken += [int(value[0]) for value in arrival.values()]
+            give_back(arrival)
     thread.join(60)
     assert admitted.is_set() and taken == list(range(6)) and transfer.stalled_ns > 0
 
@@ -268,10 +267,8 @@ def test_after_a_failure_nothing_waits() -> None:
     thread = threading.Thread(target=lambda: answers.append(transfer.admit(DEVICE, wait=True)), daemon=True)
     thread.start()
     arrivals = landing.arrivals(transfer.shut)
-    room = next(arrivals)[1]
-    assert room is not None
-    room()
-    assert next(arrivals)[1] is not None
+    give_back(next(arrivals))
+    assert next(arrivals).room is not None
     assert next(arrivals, None) is None
     other.abandon()
     thread.join(60)

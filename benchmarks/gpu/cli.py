@@ -30,7 +30,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 @click.option("--rounds", default=9, show_default=True)
 @click.option("--early/--no-early", default=True, help="Prefill with each layer compiled by itself, too.")
 @click.option("--planes/--no-planes", "with_planes", default=True, help="Where bytes are split into planes.")
-@click.option("--memory-gb", default=16.0, show_default=True, help="max_memory_gb of prefills.")
+@click.option("--memory-gb", default=6.0, show_default=True, help="max_memory_gb of prefills.")
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="The JSON file; added to.")
 def main(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import CaptureFailedError
-from .pinned import Event
+from .pinned import Event, Place
 
 
 class CudaEngine:
@@ -22,7 +22,7 @@ class CudaEngine:
 
     def __init__(self) -> None:
         self._copy_streams: dict[torch.device, Any] = {}
-        self._gathered: dict[torch.device, _Gathered] = {}
+        self._gathered: dict[Place, _Gathered] = {}
         self._lock = threading.Lock()
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
@@ -57,18 +57,22 @@ class CudaEngine:
         return value.clone()
 
     def gather(
-        self, values: Sequence[torch.Tensor], starts: Sequence[int], num_bytes: int, after: Event | None
+        self,
+        place: Place,
+        values: Sequence[torch.Tensor],
+        starts: Sequence[int],
+        num_bytes: int,
+        after: Event | None,
     ) -> torch.Tensor:
-        device = values[0].device
+        device, _ = place
         if after is not None:
             torch.cuda.current_stream(device).wait_event(after)  # type: ignore[arg-type]
         # Whatever mode the model runs in: what was made in inference mode may only be written in it.
         with torch.inference_mode():
-            gathered = self._gathered.get(device)
+            gathered = self._gathered.get(place)
             if gathered is None or gathered.memory.nbytes < num_bytes:
-                gathered = self._gathered[device] = _Gathered(
-                    torch.empty(num_bytes, dtype=torch.uint8, device=device)
-                )
+                memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+                gathered = self._gathered[place] = _Gathered(memory)
             gathered.fill(values, starts)
         return gathered.memory
 
@@ -84,15 +88,14 @@ class _Gathered:
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
-        self._layout: tuple[Any, ...] = ()
+        self._starts: Sequence[int] | None = None
         self._places: list[tuple[list[int], list[torch.Tensor]]] = []
         """Of each dtype, since one call copies values of one: which values, and where to."""
 
     def fill(self, values: Sequence[torch.Tensor], starts: Sequence[int]) -> None:
-        layout = tuple((start, value.dtype, value.shape) for start, value in zip(starts, values, strict=True))
-        if layout != self._layout:
-            # Runs of one graph differ in their values alone.
-            self._layout, self._places = layout, self._find(values, starts)
+        if starts is not self._starts:
+            # The same list for runs of one graph, which differ in their values alone.
+            self._starts, self._places = starts, self._find(values, starts)
         for which, places in self._places:
             torch._foreach_copy_(places, [values[index] for index in which])
 

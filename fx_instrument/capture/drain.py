@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 
 from .budget import HostBudget
-from .handover import Cut, Delivery, Handover
-from .packing import Packer, Plan, join, side_by_side
-from .pinned import Room
+from .handover import Delivery, Handover
+from .packing import Packer, Plan, join
+from .pinned import Arrival, Room
 from .transfer import host_bytes
 
 # What a queued record holds beside its bytes: a tensor, its storage, a numpy view and the row (measured: ~1 KiB).
@@ -140,77 +140,66 @@ class Drain:
         else:
             site_ids = self._ids_of(delivery.names)
         landing = delivery.landing
-        cuts = delivery.cuts
         if landing is None:
-            values = delivery.values
-            if cuts is not None:
-                values = [_cut_out(values[cut[0]], cut) for cut in cuts]
-            self._put(delivery, None, site_ids, values, delivery.num_bytes, None)
+            self._put(delivery, site_ids, delivery.values)
             return
         left = delivery.num_bytes
-        done = first = 0
-        for values, room in landing.arrivals(self._make_room):
-            arrived = range(first, first + len(values))
-            which: Sequence[int] = arrived
-            if cuts is not None:
-                which = [number for number, cut in enumerate(cuts) if cut[0] in arrived]
-            counted = len(which) * RECORD_OVERHEAD_BYTES
-            if room is None:
-                counted += sum(value.nbytes for value in values)
-            first += len(values)
+        done = 0
+        for arrival in landing.arrivals(self._make_room):
+            count = len(arrival.layout.starts)
+            counted = count * RECORD_OVERHEAD_BYTES
+            if arrival.room is None:
+                counted += arrival.layout.num_bytes
             left -= counted
-            done += len(which)
-            if cuts is not None:
-                values = [_cut_out(values[cuts[number][0] - arrived.start], cuts[number]) for number in which]
-            if which:
-                whole = len(which) == len(site_ids)
-                self._put(delivery, None if whole else which, site_ids, values, counted, room)
-            elif room is not None:
-                room()
+            done += count
+            self._put_arrival(delivery, site_ids, arrival, counted)
         if left:
             self._budget.release(left)
         if done < len(site_ids):
             # Shut in the middle: what would have made room has failed.
             self._dropped([] if delivery.is_input else delivery.names[done:])
 
-    def _put(
-        self,
-        delivery: Delivery,
-        which: Sequence[int] | None,
-        site_ids: Sequence[int],
-        values: list[torch.Tensor],
-        counted: int,
-        room: Room | None,
+    def _put(self, delivery: Delivery, site_ids: Sequence[int], values: list[torch.Tensor]) -> None:
+        """Bring the records of a delivery that was on the host all along to the writer."""
+        counted, calls, full_shapes = delivery.num_bytes, delivery.calls, delivery.full_shapes
+        if not delivery.is_input:
+            dtypes, shapes = [value.dtype for value in values], [value.shape for value in values]
+            plan = self._packer.plan(site_ids, calls, dtypes, shapes, full_shapes)
+            if plan is not None:
+                self._pack(_Waiting(delivery, plan, values, counted))
+                return
+            # Records of a site stay in the order of their steps.
+            self._store_group()
+            self.records += len(values)
+            self.raw_bytes += sum(value.nbytes for value in values)
+        self._put_each(delivery.step, site_ids, calls, full_shapes, values, counted, None)
+
+    def _put_arrival(
+        self, delivery: Delivery, site_ids: Sequence[int], arrival: Arrival, counted: int
     ) -> None:
-        """Bring some records of a delivery to the writer.
+        """Bring records that came from a device together to the writer, as they lie.
 
         Args:
-            which: their places in the delivery; None for all of it.
+            site_ids: of the whole delivery.
             counted: bytes that the budget counts for them.
-            room: of their values, if that is not the budget's.
         """
-        calls, full_shapes = delivery.calls, delivery.full_shapes
-        if which is not None:
-            site_ids = [site_ids[index] for index in which]
-            calls = [calls[index] for index in which]
-            full_shapes = full_shapes and [full_shapes[index] for index in which]
-        if delivery.is_input:
-            self._put_each(delivery.step, site_ids, calls, full_shapes, values, counted, room)
-            return
-        plan = self._packer.plan(site_ids, calls, values, full_shapes)
-        if plan is not None and room is None:
-            self._pack(_Waiting(delivery, plan, values, counted))
-            return
-        # Records of a site stay in the order of their steps.
-        self._store_group()
-        self.records += len(values)
-        self.raw_bytes += sum(value.nbytes for value in values)
-        data = side_by_side(plan, values) if plan is not None else None
-        if plan is not None and data is not None:
-            # As they came from the device; a copy would be memory that nobody counts.
-            self._writer.put_packed(plan.layout, delivery.step, data, _Release(self._budget, counted, room))
-            return
-        self._put_each(delivery.step, site_ids, calls, full_shapes, values, counted, room)
+        layout, calls, full_shapes = arrival.layout, delivery.calls, delivery.full_shapes
+        if len(layout.starts) < len(site_ids):
+            mine = slice(layout.first, layout.first + len(layout.starts))
+            site_ids, calls, full_shapes = site_ids[mine], calls[mine], full_shapes and full_shapes[mine]
+        if not delivery.is_input:
+            # Records of a site stay in the order of their steps.
+            self._store_group()
+            self.records += len(layout.starts)
+            self.raw_bytes += arrival.num_value_bytes
+            if arrival.memory is not None:
+                plan = self._packer.plan(site_ids, calls, layout.dtypes, layout.shapes, full_shapes)
+                if plan is not None and plan.order is None:
+                    # Not copied together: that would be memory that nobody counts.
+                    release = _Release(self._budget, counted, arrival.room)
+                    self._writer.put_packed(plan.layout, delivery.step, host_bytes(arrival.memory), release)
+                    return
+        self._put_each(delivery.step, site_ids, calls, full_shapes, arrival.values(), counted, arrival.room)
 
     def _pack(self, waiting: _Waiting) -> None:
         """Copy the values together with those of other graph runs."""
@@ -303,11 +292,6 @@ class Drain:
         if self.failure is None:
             self.failure = failure
         self._shut()
-
-
-def _cut_out(value: torch.Tensor, cut: Cut) -> torch.Tensor:
-    _, start, numel, shape = cut
-    return value.view(-1)[start : start + numel].view(shape)
 
 
 @dataclass(slots=True)

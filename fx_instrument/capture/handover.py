@@ -6,7 +6,6 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 
@@ -14,9 +13,6 @@ from .pinned import Landing
 
 _WAKE_BYTES = 1 << 20
 """So much waits at most for the drain thread's next tick: a quarter of the page that it goes into anyway."""
-
-Cut: TypeAlias = "tuple[int, int, int, tuple[int, ...]]"
-"""One record inside a pack of several: which value, its first element there, how many, and its shape."""
 
 
 @dataclass(slots=True)
@@ -33,8 +29,6 @@ class Delivery:
     """Counted in for them: their bytes where they are on the host, and their bookkeeping."""
     is_input: bool = False
     landing: Landing | None = None
-    cuts: Sequence[Cut] | None = None
-    """Where each record lies in the values, if these are packs of several."""
 
 
 class Handover:

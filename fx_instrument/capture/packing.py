@@ -35,8 +35,8 @@ class Plan(NamedTuple):
 class _Asked(NamedTuple):
     site_ids: Sequence[int]
     calls: Sequence[int]
+    dtypes: Sequence[torch.dtype]
     shapes: Sequence[torch.Size]
-    dtypes: set[torch.dtype]
     full_shapes: Sequence[tuple[int, ...]] | None
     plan: Plan | None
 
@@ -59,16 +59,15 @@ class Packer:
         self,
         site_ids: Sequence[int],
         calls: Sequence[int],
-        values: Sequence[torch.Tensor],
+        dtypes: Sequence[torch.dtype],
+        shapes: Sequence[torch.Size],
         full_shapes: Sequence[tuple[int, ...]] | None,
     ) -> Plan | None:
-        """How the values are packed; None where they are better taken one by one.
+        """How the values of these dtypes and shapes are packed; None where they are better taken one by one.
 
         Steps of one graph differ in their values alone: cheap where all else is as it was last time, and ``site_ids``
         the same object.
         """
-        shapes = [value.shape for value in values]
-        dtypes = {value.dtype for value in values}
         last = self._last
         if (
             last is not None
@@ -79,23 +78,23 @@ class Packer:
             and last.full_shapes == full_shapes
         ):
             return last.plan
-        found = self._find(site_ids, calls, values, shapes, full_shapes)
-        self._last = _Asked(site_ids, calls, shapes, dtypes, full_shapes, found)
+        found = self._find(site_ids, calls, dtypes, shapes, full_shapes)
+        self._last = _Asked(site_ids, calls, dtypes, shapes, full_shapes, found)
         return found
 
     def _find(
         self,
         site_ids: Sequence[int],
         calls: Sequence[int],
-        values: Sequence[torch.Tensor],
+        dtypes: Sequence[torch.dtype],
         shapes: Sequence[torch.Size],
         full_shapes: Sequence[tuple[int, ...]] | None,
     ) -> Plan | None:
-        num_bytes = sum(value.nbytes for value in values)
-        if len(values) < 2 or not 0 < num_bytes <= min(self.max_bytes, _SMALL_BYTES * len(values)):
+        if len(shapes) < 2 or dtypes[0] not in _DTYPES or any(dtype is not dtypes[0] for dtype in dtypes):
             return None
-        dtype = values[0].dtype
-        if dtype not in _DTYPES or any(value.dtype is not dtype for value in values):
+        dtype = dtypes[0]
+        num_bytes = sum(shape.numel() for shape in shapes) * dtype.itemsize
+        if not 0 < num_bytes <= min(self.max_bytes, _SMALL_BYTES * len(shapes)):
             return None
         key = (dtype, tuple(site_ids), tuple(calls), tuple(shapes), full_shapes and tuple(full_shapes))
         known = self._known.get(key)
@@ -143,15 +142,3 @@ def join(packs: Sequence[tuple[Plan, Sequence[torch.Tensor]]]) -> list[npt.NDArr
         data = host_bytes(torch.cat(ordered))
     starts = list(itertools.accumulate((plan.num_bytes for plan, _ in packs), initial=0))
     return [data[start:stop] for start, stop in itertools.pairwise(starts)]
-
-
-def side_by_side(plan: Plan, values: Sequence[torch.Tensor]) -> npt.NDArray[np.uint8] | None:
-    """The bytes of a pack whose values already follow one another in memory; None where they don't.
-
-    Args:
-        values: in rising order of their places in one block of memory.
-    """
-    first, last = values[0], values[-1]
-    if plan.order is not None or last.data_ptr() + last.nbytes - first.data_ptr() != plan.num_bytes:
-        return None
-    return host_bytes(first.as_strided((plan.num_bytes // first.element_size(),), (1,)))

@@ -16,25 +16,25 @@ What is overwritten and finds no room in the ring gets device memory of its own.
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
 from ..errors import BufferTooSmallError
-from .ring import ALIGNMENT, Ring, Span
+from .layout import Layout, Plan, make_plan
+from .ring import Ring, Span
 
 _MAX_WAITING = 1
 """Graph runs with values that still wait for room when the next one begins: with it, device memory holds two."""
-_SMALL_BYTES = 1 << 20
-"""Mean size of values up to which a copy on the device costs less than a copy to the host for each."""
-_PIECE_BYTES = 32 << 20
-"""The most that values copied together have, so that the first is with the writer before the last has arrived."""
+_MAX_PLANS = 256
+
+Place: TypeAlias = "tuple[torch.device, int]"
+"""Where values are gathered: a device, and the number of bits of their size."""
 
 
 class Event(Protocol):
@@ -66,12 +66,17 @@ class CopyEngine(Protocol):
         """A copy on the device, made by the stream that runs the model on this thread."""
 
     def gather(
-        self, values: Sequence[torch.Tensor], starts: Sequence[int], num_bytes: int, after: Event | None
+        self,
+        place: Place,
+        values: Sequence[torch.Tensor],
+        starts: Sequence[int],
+        num_bytes: int,
+        after: Event | None,
     ) -> torch.Tensor:
-        """The values, all of one device, in ``num_bytes`` bytes there, each from its place of ``starts`` on.
+        """The values, all of the place's device, in ``num_bytes`` bytes there, each from its number of ``starts`` on.
 
         The stream that runs the model on this thread copies them, once ``after`` is reached. The memory is that of the
-        call before if it is large enough.
+        call before with the same place, if it is large enough.
         """
 
 
@@ -91,8 +96,9 @@ class PinnedTransfer:
         self._engine = engine
         self._memory: torch.Tensor | None = None
         self._waiting: deque[Landing] = deque()
-        self._gathered: dict[torch.device, Event] = {}
-        """Device -> when what was gathered there last has left."""
+        self._plans: dict[Any, Plan] = {}
+        self._gathered: dict[Place, Event] = {}
+        """When what was gathered there last has left."""
         self._changed = threading.Condition(self.order)
         self._open = True
 
@@ -122,37 +128,39 @@ class PinnedTransfer:
         Raises:
             BufferTooSmallError: a value alone is larger than the ring; nothing was begun.
         """
-        for value in values:
-            if value.nbytes > self.ring.capacity_bytes and value.device.type != "cpu":
-                raise BufferTooSmallError(
-                    f"a captured tensor of {value.nbytes} bytes is larger than the pinned buffer of "
-                    f"{self.ring.capacity_bytes} bytes; raise max_memory_gb, or capture fewer sites or samples"
-                )
+        plan = self._plan(values, overwritten)
+        if plan.largest_bytes > self.ring.capacity_bytes:
+            raise BufferTooSmallError(
+                f"a captured tensor of {plan.largest_bytes} bytes is larger than the pinned buffer of "
+                f"{self.ring.capacity_bytes} bytes; raise max_memory_gb, or capture fewer sites or samples"
+            )
         if self._memory is None:
             self._memory = self._engine.allocate(self.ring.capacity_bytes)
-        small = len(values) > 1 and sum(value.nbytes for value in values) <= _SMALL_BYTES * len(values)
-        landing = Landing(self, values, together=overwritten or small)
+        landing = Landing(self, plan, values)
         with self._changed:
             if not self._waiting:
                 self._place(landing)
-            if overwritten or small:
+            if plan.gathers:
                 self._gather(landing)
             if overwritten:
                 for piece in landing.pieces[landing.num_placed :]:
-                    if piece.device is not None:
+                    if piece.layout.device is not None:
                         piece.sources = [self._engine.keep(value) for value in piece.sources]
-            landing.marks = {
-                device: self._engine.mark(device)
-                for device in {piece.device for piece in landing.pieces}
-                if device is not None
-            }
+            landing.marks = {device: self._engine.mark(device) for device in plan.devices}
             self._copy_what_is_placed(landing)
-            for device, event in landing.gathered.items():
-                assert event is not None, "what was gathered is on its way"
-                self._gathered[device] = event
             if not landing.is_started:
                 self._waiting.append(landing)
         return landing
+
+    def _plan(self, values: Sequence[torch.Tensor], overwritten: bool) -> Plan:
+        """Runs of one graph differ in their values alone, so it is made once for each."""
+        key = (overwritten, *((value.dtype, value.shape, value.device) for value in values))
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = make_plan(values, overwritten, self.ring.capacity_bytes)
+        return plan
 
     def shut(self) -> None:
         """Let nothing wait any more: what would make room has failed."""
@@ -197,124 +205,112 @@ class PinnedTransfer:
         """A place in the ring for as many pieces as have one."""
         while landing.num_placed < len(landing.pieces):
             piece = landing.pieces[landing.num_placed]
-            if piece.device is not None:
-                piece.span = self.ring.take(piece.num_bytes)
+            if piece.layout.device is not None:
+                piece.span = self.ring.take(piece.layout.num_bytes)
                 if piece.span is None:
                     return
             landing.num_placed += 1
 
     def _gather(self, landing: Landing) -> None:
         """Bring the values that have a place in the ring together, on each device."""
-        placed = [piece for piece in landing.pieces[: landing.num_placed] if piece.device is not None]
-        for device in {piece.device for piece in placed}:
-            assert device is not None
-            pieces = [piece for piece in placed if piece.device == device]
-            begins = [0, *itertools.accumulate(_aligned(piece.num_bytes) for piece in pieces)]
-            memory = self._engine.gather(
-                [value for piece in pieces for value in piece.sources],
-                [
-                    begin + start
-                    for piece, begin in zip(pieces, begins, strict=False)
-                    for start in piece.starts
-                ],
-                begins[-1],
-                self._gathered.get(device),
-            )
-            for piece, begin in zip(pieces, begins, strict=False):
-                piece.sources = [memory[begin : begin + piece.num_bytes]]
-                piece.gathered = True
+        for device in landing.plan.devices:
+            which, starts = landing.plan.gathered[device]
+            if which[-1] >= landing.num_placed:
+                which = [index for index in which if index < landing.num_placed]
+            if not which:
+                continue
+            pieces = [landing.pieces[index] for index in which]
+            sources = [value for piece in pieces for value in piece.sources]
+            last = pieces[-1]
+            end = last.begin + last.layout.num_bytes
+            # Runs of very different sizes, as a step's inputs and values, don't wait for each other.
+            place = device, end.bit_length()
+            if len(sources) < len(starts):
+                starts = starts[: len(sources)]
+            memory = self._engine.gather(place, sources, starts, end, self._gathered.get(place))
+            for piece in pieces:
+                piece.sources = [memory[piece.begin : piece.begin + piece.layout.num_bytes]]
+                piece.gathered = place
 
     def _copy_what_is_placed(self, landing: Landing) -> None:
         for piece in landing.pieces[landing.num_started : landing.num_placed]:
-            if piece.span is not None and piece.num_bytes:
-                assert piece.device is not None
+            layout = piece.layout
+            if piece.span is not None and layout.num_bytes:
+                assert layout.device is not None
                 host = self.view(piece.span)
-                targets = [host] if piece.gathered else piece.host_values(host)
+                targets = [host] if piece.gathered else layout.values(host)
                 for target, value in zip(targets, piece.sources, strict=True):
                     if value.numel():
-                        piece.event = self._engine.copy(target, value, landing.marks[piece.device])
-                if piece.gathered:
-                    landing.gathered[piece.device] = piece.event
+                        piece.event = self._engine.copy(target, value, landing.marks[layout.device])
+                if piece.gathered is not None and piece.event is not None:
+                    self._gathered[piece.gathered] = piece.event
             landing.num_started += 1
 
 
 @dataclass(slots=True)
 class _Piece:
-    """Values of a graph run that share a place in the ring, one after the other."""
+    """The values of a layout on their way."""
 
-    device: torch.device | None
-    """None for a value that is on the host all along."""
-    layouts: list[tuple[torch.dtype, torch.Size, int]] = field(default_factory=list)
-    """Of each value: its dtype, shape, bytes."""
-    starts: list[int] = field(default_factory=list)
-    num_bytes: int = 0
-    sources: list[torch.Tensor] = field(default_factory=list)
+    layout: Layout
+    begin: int
+    """Where they are gathered, if they are."""
+    sources: list[torch.Tensor]
     """What is copied: the values, or the memory in which they were gathered. Empty once they are on the host."""
-    gathered: bool = False
+    gathered: tuple[torch.device, int] | None = None
     span: Span | None = None
     event: Event | None = None
 
-    def add(self, value: torch.Tensor) -> None:
-        # Values of one dtype lie side by side, as the writer takes them.
-        start = _aligned(self.num_bytes, value.dtype.itemsize)
-        self.layouts.append((value.dtype, value.shape, value.nbytes))
-        self.starts.append(start)
-        self.num_bytes = start + value.nbytes
-        self.sources.append(value)
 
-    def host_values(self, memory: torch.Tensor) -> list[torch.Tensor]:
-        """The values as they lie in ``memory``."""
-        return [
-            memory[start : start + num_bytes].view(dtype).view(shape)
-            for start, (dtype, shape, num_bytes) in zip(self.starts, self.layouts, strict=True)
-        ]
+@dataclass(slots=True)
+class Arrival:
+    """Values that are in host memory."""
+
+    layout: Layout
+    memory: torch.Tensor | None
+    """Where they lie, uint8; None of a value that was on the host all along."""
+    room: Room | None
+    """Gives their place back."""
+    sources: list[torch.Tensor]
+
+    @property
+    def num_value_bytes(self) -> int:
+        """Without what lies between values of different dtypes."""
+        layout = self.layout
+        return sum(layout.ends) - sum(layout.starts)
+
+    def values(self) -> list[torch.Tensor]:
+        return self.sources if self.memory is None else self.layout.values(self.memory)
 
 
 class Landing:
-    """The values of one graph run on their way to the host; holds them on the device until they are there.
+    """The values of one graph run on their way to the host; holds them on the device until they are there."""
 
-    Args:
-        together: values follow one another in larger pieces, each of one device.
-    """
+    __slots__ = ("_transfer", "marks", "num_placed", "num_started", "pieces", "plan")
 
-    __slots__ = ("_transfer", "gathered", "marks", "num_placed", "num_started", "pieces")
-
-    def __init__(self, transfer: PinnedTransfer, values: Sequence[torch.Tensor], *, together: bool) -> None:
+    def __init__(self, transfer: PinnedTransfer, plan: Plan, values: Sequence[torch.Tensor]) -> None:
         self._transfer = transfer
-        limit = min(_PIECE_BYTES, transfer.ring.capacity_bytes // 4) if together else 0
-        self.pieces: list[_Piece] = []
-        for value in values:
-            device = None if value.device.type == "cpu" else value.device
-            last = self.pieces[-1] if self.pieces else None
-            if (
-                last is None
-                or device is None
-                or last.device != device
-                or last.num_bytes + value.nbytes > limit
-            ):
-                last = _Piece(device)
-                self.pieces.append(last)
-            last.add(value)
+        self.plan = plan
+        self.pieces = [
+            _Piece(layout, begin, list(values[layout.first : layout.first + len(layout.starts)]))
+            for layout, begin in zip(plan.layouts, plan.begins, strict=True)
+        ]
         self.marks: dict[torch.device, Event] = {}
-        self.gathered: dict[torch.device, Event | None] = {}
-        """Device -> when what was gathered there has left."""
         self.num_placed = 0
         self.num_started = 0
 
     @property
     def num_bytes(self) -> int:
-        return sum(piece.num_bytes for piece in self.pieces)
+        return self.plan.num_bytes
 
     @property
     def is_started(self) -> bool:
         """Whether every value has its place in the ring."""
         return self.num_started == len(self.pieces)
 
-    def arrivals(self, make_room: Callable[[], None]) -> Iterator[tuple[list[torch.Tensor], Room | None]]:
-        """The values in order, in host memory, once they are there, and what gives their room back.
+    def arrivals(self, make_room: Callable[[], None]) -> Iterator[Arrival]:
+        """The values in order once they are there, several at once where they were copied together.
 
-        Several at once where they were copied together. Of a value that was on the host all along: the value itself,
-        and None. Ends early if the transfer is shut.
+        Ends early if the transfer is shut.
 
         Args:
             make_room: called before this thread waits for room: have what fills the ring stored.
@@ -325,19 +321,18 @@ class Landing:
                 transfer.go_on()
                 while index >= self.num_started:
                     make_room()
-                    if not transfer.ring.wait_for(piece.num_bytes):
+                    if not transfer.ring.wait_for(piece.layout.num_bytes):
                         return
                     transfer.go_on()
                 if piece.span is None:
-                    yield piece.sources, None
+                    yield Arrival(piece.layout, None, None, piece.sources)
                     continue
                 if piece.event is not None:
                     piece.event.synchronize()
-                values = piece.host_values(transfer.view(piece.span))
-                room = Room(transfer.ring, piece.span)
+                memory, room = transfer.view(piece.span), Room(transfer.ring, piece.span)
                 # The copy is done: the device's memory may be used again.
                 piece.sources, piece.span, piece.event = [], None, None
-                yield values, room
+                yield Arrival(piece.layout, memory, room, [])
         finally:
             self.abandon()
 
@@ -368,7 +363,3 @@ class Room:
 
     def __call__(self) -> None:
         self._ring.release(self._span)
-
-
-def _aligned(num_bytes: int, alignment: int = ALIGNMENT) -> int:
-    return -(-num_bytes // alignment) * alignment

@@ -16,7 +16,7 @@ from ..sampling import num_samples, positions
 from .budget import HostBudget
 from .cuda import CudaEngine
 from .drain import RECORD_OVERHEAD_BYTES, Drain, Writer
-from .handover import Cut, Delivery
+from .handover import Delivery
 from .pinned import CopyEngine, Landing
 from .report import CaptureReport
 from .steps import SiteLike, Steps
@@ -172,7 +172,6 @@ class Session:
         sites: Sequence[SiteLike],
         values: Sequence[torch.Tensor],
         full_shapes: Sequence[tuple[int, ...]] | None,
-        cuts: Sequence[Cut] | None = None,
     ) -> None:
         number = self._steps.number()
         names, calls = self._steps.count(sites)
@@ -181,9 +180,7 @@ class Session:
             # The caller of this holds the values for a moment more.
             self.cancel(ticket)
             return
-        self._hand_over(
-            ticket, Delivery(number, names, calls, list(values), full_shapes, ticket.num_bytes, cuts=cuts)
-        )
+        self._hand_over(ticket, Delivery(number, names, calls, list(values), full_shapes, ticket.num_bytes))
 
     def _hand_over(self, ticket: _Ticket, delivery: Delivery) -> None:
         """Start the values of ``delivery`` on their way and tell the drain thread."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import is_fake
 
 from ..errors import RewriteError
-from .marker import Cut, Marker, Sink, is_recomputing
+from .marker import Marker, Sink, is_recomputing
 from .rewrite import Rewritten, Sampling, insert_captures
 from .shapes import SizeReader
 from .sites import Site
@@ -56,7 +55,6 @@ class CaptureBackend:
         finder: the model's sites by identity.
         sampling: sample inside the graph, or None for whole values.
         inner: what compiles the rewritten graph, a name that ``torch.compile`` knows or a callable.
-        pack_on: kinds of device on which the values of small runs leave the graph together.
         strict: keep the model's outputs bit for bit those of the graph without captures, at a price where it must.
         options: ``mode``, ``options`` and ``dynamic`` for the inner backend, as ``torch.compile`` takes them.
     """
@@ -68,7 +66,6 @@ class CaptureBackend:
         sampling: Sampling | None,
         inner: InnerBackend,
         *,
-        pack_on: Collection[str] = ("cuda",),
         strict: bool = False,
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
@@ -78,7 +75,6 @@ class CaptureBackend:
         self._finder = finder
         self._sampling = sampling
         self._inner = resolve_inner(inner, mode, options, dynamic)
-        self._pack_on = pack_on
         self._strict = strict
         self.replays = _replays(inner, mode, options)
         """Whether its graphs may run as CUDA graphs, where they have a CUDA device."""
@@ -89,14 +85,7 @@ class CaptureBackend:
             return self._is_wanted(mark, example_inputs[token])
 
         sizes = SizeReader(gm)
-        rewritten = insert_captures(gm, is_wanted, self._sampling, self._pack_on)
-        if (
-            rewritten is not None
-            and rewritten.packs is not None
-            and sizes.shapes([planned.kept.shape for planned in rewritten.planned]) is None
-        ):
-            # Where a pack is to be cut depends on the data.
-            rewritten = insert_captures(gm, is_wanted, self._sampling)
+        rewritten = insert_captures(gm, is_wanted, self._sampling)
         if rewritten is None:
             compiled: Compiled = self._inner(gm, example_inputs, **kwargs)
             return compiled
@@ -194,9 +183,6 @@ class CapturedGraph:
         # What stays on a device needs no room on the host before it is on its way there.
         on_host = [value for value in kept if value.device.type != "cuda"]
         self._num_bytes = sizes.total([(value.numel(), value.element_size()) for value in on_host])
-        self._packs = rewritten.packs
-        self._kept_shapes = sizes.shapes([value.shape for value in kept]) if self._packs is not None else None
-        self._cuts: dict[Any, tuple[Cut, ...]] = {}  # by the sites that are kept, and all shapes
         self._full_shapes = None
         if rewritten.sampled:
             self._full_shapes = sizes.shapes([planned.value.shape for planned in rewritten.planned])
@@ -238,7 +224,7 @@ class CapturedGraph:
                 sink.cancel(ticket)
             raise
         values = outputs[self._num_outputs :]
-        if len(values) != (chosen.num_planned if self._packs is None else len(self._packs)):
+        if len(values) != chosen.num_planned:
             if ticket is not None:
                 sink.cancel(ticket)
             raise RewriteError(
@@ -247,9 +233,6 @@ class CapturedGraph:
             )
         if chosen.keep is not None and full_shapes is not None:
             full_shapes = [full_shapes[index] for index in chosen.keep]
-        if self._packs is not None:
-            sink.deliver(ticket, sites, values, full_shapes, self._cut(chosen, args))
-            return self._finish(sink, chosen, outputs)
         if chosen.keep is not None:
             values = [values[index] for index in chosen.keep]
         if ticket is None:
@@ -265,25 +248,6 @@ class CapturedGraph:
             sink.end_step()
             witness.completed = True
         return outputs[: self._num_outputs]
-
-    def _cut(self, chosen: _Chosen, args: Sequence[Any]) -> tuple[Cut, ...]:
-        """Where each chosen site's value lies in the packs."""
-        assert self._packs is not None and self._kept_shapes is not None, (
-            "a graph with packs knows their sizes"
-        )
-        shapes = self._kept_shapes(args)
-        cuts = self._cuts.get((chosen.keep, shapes))
-        if cuts is None:
-            found: dict[int, Cut] = {}
-            for pack, indices in enumerate(self._packs):
-                start = 0
-                for index in indices:
-                    numel = math.prod(shapes[index])
-                    found[index] = (pack, start, numel, shapes[index])
-                    start += numel
-            which = range(len(shapes)) if chosen.keep is None else chosen.keep
-            cuts = self._cuts[chosen.keep, shapes] = tuple(found[index] for index in which)
-        return cuts
 
     def _chosen(self, args: Sequence[Any]) -> _Chosen:
         """The sites of this run; a module that runs this graph too may be no site."""

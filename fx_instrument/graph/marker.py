@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -27,9 +27,6 @@ from torch.fx.node import has_side_effect
 from ..errors import RewriteError
 from .sites import Site
 from .witness import Witness
-
-Cut: TypeAlias = "tuple[int, int, int, tuple[int, ...]]"
-"""One value inside a pack of several: which pack, its first element there, how many, and its shape."""
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
@@ -66,9 +63,8 @@ class Sink(Protocol):
         sites: Sequence[Site],
         values: Sequence[torch.Tensor],
         full_shapes: Sequence[tuple[int, ...]] | None,
-        cuts: Sequence[Cut] | None = None,
     ) -> None:
-        """Take over the values of a graph that ran; with ``cuts``, packs of values and where each site's lies."""
+        """Take over the values of a graph that ran."""
 
     def cancel(self, ticket: Any) -> None:
         """Give back the room of a graph that failed."""

@@ -87,7 +87,6 @@ class ComparingSink:
         sites: Sequence[Site],
         values: Sequence[torch.Tensor],
         full_shapes: Sequence[tuple[int, ...]] | None,
-        cuts: Any = None,
     ) -> None:
         for site, value in zip(sites, values, strict=True):
             self._compare(site, value)

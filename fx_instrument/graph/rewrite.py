@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +31,6 @@ from .nested import copy_graph, has_marks, lift_marks
 from .scope import plant_op_taps
 
 log = logging.getLogger(__name__)
-
-_PACK_BYTES = 4 << 20
-"""Runs up to this size are packed: above, the copies are long enough that their number does not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +63,6 @@ class Rewritten:
     arguments: tuple[int, ...]
     """Which arguments of the traced graph it still takes: all but the tokens."""
     planned: tuple[Planned, ...]
-    packs: tuple[tuple[int, ...], ...] | None
-    """Which planned values, flattened, each extra output holds; None where each is an output of its own."""
     sampled: bool
     begins_step: bool
     ends_step: bool
@@ -81,12 +76,10 @@ def insert_captures(
     gm: fx.GraphModule,
     is_wanted: Callable[[fx.Node, int], bool],
     sampling: Sampling | None,
-    pack_on: Collection[str] = (),
 ) -> Rewritten | None:
     """Replace every mark in a copy of ``gm`` by capture ops; None if ``gm`` has no mark.
 
-    Where ``is_wanted(mark, argument index of its token)`` says no, the mark is only removed. On the kinds of device in
-    ``pack_on`` the values of a small run become one output of each dtype: one copy to the host instead of one a site.
+    Where ``is_wanted(mark, argument index of its token)`` says no, the mark is only removed.
 
     Raises:
         RewriteError: a value is no plain tensor, a graph holds two forward calls of the model, or a mark stands in a
@@ -142,9 +135,6 @@ def insert_captures(
     (values,) = output.args
     if not isinstance(values, (tuple, list)):
         raise RewriteError(f"the traced graph returns {values!r}, a tuple was expected")
-    packs = None
-    if {planned_one.kept.device.type for planned_one in planned} <= set(pack_on):
-        packs, extra = _pack(graph, output, extra)
     output.args = ((*values, *extra),)
     # Tokens tell at run time whose values left; to the compiler they would be arguments on another device.
     arguments = []
@@ -161,7 +151,6 @@ def insert_captures(
         len(values),
         tuple(arguments),
         tuple(planned),
-        packs,
         sampling is not None,
         begins,
         ends,
@@ -233,37 +222,6 @@ def _is_row_major(fake: torch.Tensor) -> bool:
             return False
         expected = expected * size
     return True
-
-
-def _pack(
-    graph: fx.Graph, output: fx.Node, nodes: list[fx.Node]
-) -> tuple[tuple[tuple[int, ...], ...] | None, list[fx.Node]]:
-    """One node for all of a device and dtype; ``nodes`` as they are where they are many bytes, or of unknown size."""
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    total = 0
-    for index, node in enumerate(nodes):
-        fake = node.meta["example_value"]
-        size = _likely(fake.numel())
-        if size is None:
-            return None, nodes
-        total += size * fake.element_size()
-        groups.setdefault((fake.device, fake.dtype), []).append(index)
-    if total > _PACK_BYTES or len(groups) == len(nodes):
-        return None, nodes
-    packed = []
-    with graph.inserting_before(output):
-        for indices in groups.values():
-            inserter = _Inserter(graph, nodes[indices[-1]])
-            flat = [inserter.call(torch.flatten, fx.Proxy(nodes[index], inserter)) for index in indices]
-            packed.append(inserter.call(torch.cat, flat).node if len(flat) > 1 else flat[0].node)
-    return tuple(map(tuple, groups.values())), packed
-
-
-def _likely(size: int | torch.SymInt) -> int | None:
-    """A size without a guard on it: its value in the call that is traced; None if the data decides."""
-    if isinstance(size, int):
-        return size
-    return int(size.node.hint) if size.node.has_hint() else None
 
 
 def _sample(graph: fx.Graph, source: fx.Node, sampling: Sampling) -> fx.Node:

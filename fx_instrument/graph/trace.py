@@ -98,7 +98,6 @@ class TraceSink:
         sites: Sequence[Site],
         values: Sequence[torch.Tensor],
         full_shapes: Sequence[tuple[int, ...]] | None,
-        cuts: Any = None,
     ) -> None:
         for index, (site, value) in enumerate(zip(sites, values, strict=True)):
             shape = full_shapes[index] if full_shapes is not None else tuple(value.shape)
@@ -127,7 +126,7 @@ class TracingBackend(CaptureBackend):
         sink: TraceSink,
         names: Sequence[str],
     ) -> None:
-        super().__init__(attachment.marker, attachment.finder, sampling, _run_as_it_is, pack_on=())
+        super().__init__(attachment.marker, attachment.finder, sampling, _run_as_it_is)
         self._sites: SiteFinder = attachment.finder
         self._sink = sink
         self._names = names

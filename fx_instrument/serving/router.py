@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from ..graph.marker import Cut
 from ..graph.sites import Site
 from .lane import Lane
 from .rotation import RotatingFiles
@@ -127,11 +126,10 @@ class Router:
         sites: Sequence[Site],
         values: Sequence[torch.Tensor],
         full_shapes: Sequence[tuple[int, ...]] | None,
-        cuts: Sequence[Cut] | None = None,
     ) -> None:
         if ticket is not None:
             with self._shielded(ticket.lane):
-                ticket.lane.session.deliver(ticket.inner, sites, values, full_shapes, cuts)
+                ticket.lane.session.deliver(ticket.inner, sites, values, full_shapes)
             self._files.leave(ticket.lane)
 
     def cancel(self, ticket: _Ticket | None) -> None:

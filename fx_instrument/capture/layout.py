@@ -1,0 +1,95 @@
+"""How the values of a graph's runs lie together on their way from a device to the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .ring import ALIGNMENT
+
+_SMALL_BYTES = 1 << 20
+"""Mean size of values up to which a copy on the device costs less than a copy to the host for each."""
+_PIECE_BYTES = 32 << 20
+"""The most that values copied together have, so that the first is with the writer before the last has arrived."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """Values of a graph run that share a place in the ring, one after the other."""
+
+    device: torch.device | None
+    """None for a value that is on the host all along."""
+    first: int
+    """Which of the run's values is the first."""
+    dtypes: list[torch.dtype] = field(default_factory=list)
+    shapes: list[torch.Size] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def add(self, value: torch.Tensor) -> None:
+        # Values of one dtype lie side by side, as the writer takes them.
+        start = _aligned(self.num_bytes, value.dtype.itemsize)
+        self.dtypes.append(value.dtype)
+        self.shapes.append(value.shape)
+        self.starts.append(start)
+        self.ends.append(start + value.nbytes)
+
+    def values(self, memory: torch.Tensor) -> list[torch.Tensor]:
+        """The values as they lie in ``memory``."""
+        parts = zip(self.starts, self.ends, self.dtypes, self.shapes, strict=True)
+        return [memory[start:end].view(dtype).view(shape) for start, end, dtype, shape in parts]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """How the values of a graph's runs go to the host."""
+
+    layouts: list[Layout]
+    gathers: bool
+    """Whether they are brought together on the device first."""
+    num_bytes: int
+    largest_bytes: int
+    """Of a value on a device."""
+    devices: list[torch.device]
+    gathered: dict[torch.device, tuple[list[int], list[int]]]
+    """Device -> which layouts are gathered there, and where each of their values begins."""
+    begins: list[int]
+    """Where each layout begins on its device."""
+
+
+def make_plan(values: Sequence[torch.Tensor], overwritten: bool, capacity_bytes: int) -> Plan:
+    sizes = [value.nbytes for value in values if value.device.type != "cpu"]
+    gathers = overwritten or (len(values) > 1 and sum(sizes) <= _SMALL_BYTES * len(sizes))
+    limit = min(_PIECE_BYTES, capacity_bytes // 4) if gathers else 0
+    layouts: list[Layout] = []
+    for index, value in enumerate(values):
+        device = None if value.device.type == "cpu" else value.device
+        last = layouts[-1] if layouts else None
+        if last is None or device is None or last.device != device or last.num_bytes + value.nbytes > limit:
+            last = Layout(device, index)
+            layouts.append(last)
+        last.add(value)
+    gathered: dict[torch.device, tuple[list[int], list[int]]] = {}
+    ends: dict[torch.device, int] = {}
+    begins = []
+    for index, layout in enumerate(layouts):
+        begin = 0
+        if layout.device is not None:
+            begin = _aligned(ends.get(layout.device, 0))
+            ends[layout.device] = begin + layout.num_bytes
+            which, starts = gathered.setdefault(layout.device, ([], []))
+            which.append(index)
+            starts += [begin + start for start in layout.starts]
+        begins.append(begin)
+    num_bytes = sum(layout.num_bytes for layout in layouts)
+    return Plan(layouts, gathers, num_bytes, max(sizes, default=0), list(gathered), gathered, begins)
+
+
+def _aligned(num_bytes: int, alignment: int = ALIGNMENT) -> int:
+    return -(-num_bytes // alignment) * alignment
