@@ -19,6 +19,7 @@ from stream_files import CODECS, DoneCounts, Sample, contents, floats, put_all, 
 
 from fx_instrument.errors import CaptureFailedError, TruncatedStreamError
 from fx_instrument.stream import files as files_module
+from fx_instrument.stream.memory import plan_memory
 from fx_instrument.stream.reader import StreamReader
 from fx_instrument.stream.records import RecordMeta
 from fx_instrument.stream.writer import StreamWriter
@@ -263,6 +264,7 @@ import os, sys
 import numpy as np
 from stream_files import floats
 from fx_instrument.stream.records import RecordMeta
+from fx_instrument.stream.memory import plan_memory
 from fx_instrument.stream.writer import StreamWriter
 
 def done():
@@ -326,3 +328,18 @@ def test_the_kernels_own_refusal_is_told(tmp_path: Path) -> None:
     with StreamReader(tmp_path / "a.stream") as reader:
         assert reader.num_records == kept + 9 and reader.verify() == []
         assert all(reader.read(ref).tobytes() == floats(3000, ref.step) for ref in reader.refs(0))
+
+
+def test_a_higher_target_has_more_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the rate takes, where half of the cores and the memory are enough for them."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(32)))
+    room = 1 << 30
+
+    def workers(target_gbps: float, memory_bytes: int = room) -> int:
+        return plan_memory(memory_bytes, None, None, target_gbps * 1e9).num_workers
+
+    assert [workers(target) for target in (1, 3, 8, 100)] == [4, 4, 10, 16]
+    few = workers(8, 40 << 20)
+    assert few < 10 and plan_memory(40 << 20, None, None, 8e9).total_bytes <= 40 << 20
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    assert workers(100) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ DEFAULT_MEMORY_BYTES = 64 << 20
 MIN_PAGE_BYTES = 16 << 10
 WORKER_FIXED_BYTES = 3 << 19
 """Of a worker: its two zstd contexts (1 MiB), a directory."""
+WORKER_BYTES_PER_S = 0.8e9
+"""What a worker takes in at least, compressing best: 0.8 to 1.0 GB/s on the processors that were measured."""
+_USUAL_WORKERS = 4
 WORKER_PAGES = 5
 """What a worker holds at most in pages: stacked, gathered, planes, compressed planes and the room zstd asks for."""
 
@@ -41,17 +45,24 @@ class MemoryPlan:
         return workers * worker_bytes(self.page_bytes) + staging_bytes(self.page_bytes)
 
 
-def plan_memory(memory_bytes: int, num_workers: int | None, page_bytes: int | None) -> MemoryPlan:
+def plan_memory(
+    memory_bytes: int,
+    num_workers: int | None,
+    page_bytes: int | None,
+    target_bytes_per_s: float | None = None,
+) -> MemoryPlan:
     """Workers and page size that fit: fewer workers before smaller pages than 1 MiB.
 
-    A worker with the smallest page is the least there can be, also where that is more than ``memory_bytes``.
+    Unless ``num_workers`` says how many: half of the cores, but no more than four, or one for each
+    ``WORKER_BYTES_PER_S`` of the target if that is more. A worker with the smallest page is the least there can be, also where that is more than ``memory_bytes``.
     """
     if page_bytes is not None and not 1024 <= page_bytes <= MAX_PAGE_BYTES:
         raise ValueError(f"page_bytes must be from 1024 to {MAX_PAGE_BYTES}, got {page_bytes!r}")
     if num_workers is not None and num_workers < 1:
         raise ValueError(f"num_workers must be at least 1, got {num_workers!r}")
     if num_workers is None:
-        num_workers = max(1, min(4, len(os.sched_getaffinity(0)) // 2))
+        wanted = max(_USUAL_WORKERS, math.ceil((target_bytes_per_s or 0) / WORKER_BYTES_PER_S))
+        num_workers = max(1, min(wanted, len(os.sched_getaffinity(0)) // 2))
         while num_workers > 1 and num_workers * worker_bytes(1 << 20) > memory_bytes:
             num_workers -= 1
     if page_bytes is None:

@@ -60,7 +60,7 @@ class StreamWriter:
             raise ValueError(f"codec must be one of {', '.join(CODEC_CODES)}, got {codec!r}")
         if mode not in ("w", "x", "a"):
             raise ValueError(f"mode must be 'w', 'x' or 'a', got {mode!r}")
-        plan = plan_memory(memory_bytes, num_workers, page_bytes)
+        plan = plan_memory(memory_bytes, num_workers, page_bytes, target_bytes_per_s)
         self.codec = codec
         self.page_bytes = plan.page_bytes
         self.num_workers = plan.num_workers
