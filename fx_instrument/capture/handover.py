@@ -50,7 +50,10 @@ class Handover:
         landing = delivery.landing
         # Not locked: where threads race, the drain thread comes one tick later.
         self._waiting_bytes += delivery.num_bytes + (landing.num_bytes if landing is not None else 0)
-        if self._waiting_bytes >= _WAKE_BYTES or (landing is not None and not landing.is_started):
+        if landing is not None and not landing.is_started:
+            self._wake.set()
+        elif self._waiting_bytes >= _WAKE_BYTES and not delivery.is_input:
+            # After inputs the graph is still to be launched: the drain thread, once awake, would hold that up.
             self._wake.set()
 
     def wake(self) -> None:
