@@ -98,7 +98,7 @@ def test_packed_bytes_are_those_of_the_values(
         rows.append((site, call, shape))
     num_bytes = sum(value.nbytes for value in values)
     for _ in range(2):
-        plan = packer.plan([row[0] for row in rows], [row[1] for row in rows], values, None)
+        plan = packer.plan([row[0] for row in rows], [row[1] for row in rows], *kinds(values), None)
         if not num_bytes:
             assert plan is None
             return
@@ -107,6 +107,10 @@ def test_packed_bytes_are_those_of_the_values(
         assert plan.layout == ("float32", [(*rows[index][:2], (rows[index][2], None)) for index in order])
         expected = b"".join(host_bytes(values[index]).tobytes() for index in order)
         assert [pack.tobytes() for pack in join([(plan, values)] * 3)] == [expected] * 3
+
+
+def kinds(values: list[torch.Tensor]) -> tuple[list[torch.dtype], list[torch.Size]]:
+    return [value.dtype for value in values], [value.shape for value in values]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +129,7 @@ def test_other_values_go_one_by_one(values: list[torch.Tensor]) -> None:
     """A single value, mixed or unusual dtypes, large ones, and more than there is room for are not packed."""
     packer = Packer(layout, 1 << 20)
     count = len(values)
-    assert packer.plan(list(range(count)), [0] * count, values, None) is None
+    assert packer.plan(list(range(count)), [0] * count, *kinds(values), None) is None
 
 
 def test_sampled_values_keep_their_full_shapes() -> None:
@@ -133,5 +137,5 @@ def test_sampled_values_keep_their_full_shapes() -> None:
     packer = Packer(layout, 1 << 20)
     values = [torch.ones(3), torch.ones(3)]
     for full in ((10, 3), (30,)):
-        plan = packer.plan([0, 1], [0, 0], values, [full, full])
+        plan = packer.plan([0, 1], [0, 0], *kinds(values), [full, full])
         assert plan is not None and plan.layout[1] == [(0, 0, ((3,), full)), (1, 0, ((3,), full))]

@@ -54,8 +54,8 @@ def plan_memory(
     """Workers and page size that fit: fewer workers before smaller pages than 1 MiB.
 
     Unless ``num_workers`` says how many: half of the cores, but no more than four, or one for each
-    ``WORKER_BYTES_PER_S`` of the target if that is more. A worker with the smallest page is the least there can be, also
-    where that is more than ``memory_bytes``.
+    ``WORKER_BYTES_PER_S`` of the target if that is more. A worker with the smallest page is the least there can be,
+    also where that is more than ``memory_bytes``.
     """
     if page_bytes is not None and not 1024 <= page_bytes <= MAX_PAGE_BYTES:
         raise ValueError(f"page_bytes must be from 1024 to {MAX_PAGE_BYTES}, got {page_bytes!r}")
