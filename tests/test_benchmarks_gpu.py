@@ -1,0 +1,46 @@
+"""The benchmark of CUDA devices: what can be shown of it without one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from benchmarks.gpu import measure
+from benchmarks.gpu.cli import main
+from benchmarks.gpu.planes import split_on_device
+from fx_instrument.stream.filters import SIGNED16, Planes
+
+
+def test_spans_of_a_timeline() -> None:
+    """In order; those that overlap, or lie close enough, as one."""
+    spans = [(30, 40), (0, 10), (5, 20), (22, 25)]
+    assert measure.union(spans) == [(0, 20), (22, 25), (30, 40)]
+    assert measure.union(spans, gap_ns=5) == [(0, 40)]
+
+
+def test_planes_of_a_device_are_the_formats() -> None:
+    """What is timed on the device is what the writer does on the host."""
+    values = torch.randn(1000).bfloat16()
+    page = values.view(torch.uint8).numpy()
+    expected = Planes(1 << 20).split(SIGNED16, [page], np.empty(len(page), np.uint8))
+    for mine, plane in zip(split_on_device(values).numpy(), expected, strict=True):
+        assert np.array_equal(mine, plane)
+
+
+@pytest.mark.slow
+def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
+    """All variants of a tiny model: ratios to the compiled one, and the records that its sites give."""
+    output = tmp_path / "gpu.json"
+    options = "--device cpu --layers 1 --hidden 64 --batch 2 --length 16 --steps 3 --cache 8 --rounds 1"
+    done = CliRunner().invoke(main, [*options.split(), "--memory-gb", "0.2", "--output", str(output)])
+    assert done.exit_code == 0, done.output
+    (run,) = json.loads(output.read_text())["runs"]
+    assert len(run["workloads"]) == 3
+    decode = run["workloads"]["decode 2x8"]["free"]
+    assert decode["compiled"]["ratio"] == 1.0
+    assert {row["records"] for row in decode.values() if "records" in row} == {2 * 3}
