@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fx_instrument.errors import InstrumentationError
+
 from . import plots, report, sections
 from .table import Options
 from .workloads import KINDS
@@ -44,7 +46,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
     "--rounds", type=click.IntRange(min=1), help="Interleaved rounds of each workload [5, with --quick 3]."
 )
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu, or cuda where there is one.")
+@click.option("--device", help="cpu or cuda [cuda where there is one].")
 @click.option("--mode", help="torch.compile's mode for every compiled variant, e.g. reduce-overhead.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="torch's threads.")
 @click.option(
@@ -60,7 +62,7 @@ def main(
     names: tuple[str, ...],
     rounds: int | None,
     dtype: str,
-    device: str,
+    device: str | None,
     mode: str | None,
     threads: int,
     output: Path | None,
@@ -72,6 +74,7 @@ def main(
     """
     if quick and full:
         raise click.UsageError("--quick and --full exclude each other")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise click.BadParameter("this torch finds no CUDA device", param_hint="--device")
     logging.getLogger("torch").setLevel(logging.ERROR)
@@ -99,7 +102,13 @@ def main(
         options.say = lambda text: progress.update(task, description=text)
         options.keep = lambda name, section: keep(result, name, section, output)
         for name in parts:
-            add(result["sections"], name, sections.run(name, options))
+            try:
+                add(result["sections"], name, sections.run(name, options))
+            except InstrumentationError as error:
+                # The real model can't be had: the others still can.
+                left_out = f"{name} was left out: {error}"
+                result["notes"].append(left_out)
+                progress.console.print(left_out)
             progress.advance(task)
             write(result, output)
     show(result, console)
