@@ -406,6 +406,72 @@ def test_a_cuda_graph_of_the_callers_own_is_refused() -> None:
             model(value)
 
 
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_blocks_strictly(tmp_path: Path, mode: str) -> None:
+    """Capturing blocks changes bfloat16 kernels; strict, the outputs keep the bits of the plain compiled model."""
+    model = make(dtype=torch.bfloat16).cuda()
+    plain = copy.deepcopy(model)
+    plain.compile(mode=mode)
+    config = InstrumentationConfig(strict_numerics=True, hook_config=HookConfig(target_layers=["layers.*"]))
+    framework = InstrumentationFramework(config)
+    framework.instrument_model(model, mode=mode)
+    value = tokens(2, 16).cuda()
+    path = tmp_path / "g.stream"
+    with torch.no_grad():
+        for _ in range(4):
+            expected = plain(value).clone()
+        with framework.capture_activations(path) as capture:
+            for _ in range(4):
+                assert same_bits(model(value).cpu(), expected.cpu())
+    assert capture.report.records == 4 * len(framework.sites)
+    with open_stream(path) as stream:
+        for site in framework.sites:
+            first, *others = (record.tensor() for record in stream[site.name])
+            assert all(same_bits(first, other) for other in others)
+
+
+def test_verify_certifies() -> None:
+    model = make().cuda()
+    framework = InstrumentationFramework()
+    framework.instrument_model(model)
+    found = framework.verify(model, tokens(2, 16).cuda())
+    assert found.outputs_bit_equal and found.idle_bit_equal and found.graphs_equal, str(found)
+    assert len(found.sites) == len(framework.sites)
+
+
+def test_training(tmp_path: Path) -> None:
+    """Gradients are those without a capture, and what is captured is the forward pass's."""
+    model = make().cuda()
+    plain = copy.deepcopy(model)
+    plain.compile()
+    framework = InstrumentationFramework()
+    framework.instrument_model(model)
+    path = tmp_path / "g.stream"
+    inputs = [tokens(2, 16, seed=seed).cuda() for seed in range(3)]
+    for value in inputs:
+        plain(value).square().mean().backward()
+    with framework.capture_activations(path):
+        for value in inputs:
+            model(value).square().mean().backward()
+    for left, right in zip(model.parameters(), plain.parameters(), strict=True):
+        assert left.grad is not None and right.grad is not None
+        torch.testing.assert_close(left.grad, right.grad, atol=1e-6, rtol=1e-5)
+    check_values(path, plain, inputs)
+
+
+def test_an_exported_program(tmp_path: Path) -> None:
+    model = make().cuda()
+    framework = InstrumentationFramework()
+    value = tokens(2, 16).cuda()
+    program = framework.instrument_exported(torch.export.export(model, (value,)))
+    module = program.module()
+    path = tmp_path / "g.stream"
+    with torch.no_grad(), framework.capture_activations(path):
+        for _ in range(3):
+            module(value)
+    check_values(path, model, [value] * 3)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_model_on_the_second_device(tmp_path: Path) -> None:
     model = make().to("cuda:1")
