@@ -62,12 +62,19 @@ class Interleavings(RuleBasedStateMachine):
         self.held: list[tuple[Arrival, list[torch.Tensor]]] = []
         self.started = self.stored = 0
 
-    @rule(replays=st.booleans(), sizes=st.lists(st.integers(0, CAPACITY), min_size=1, max_size=5))
-    def run_graph(self, replays: bool, sizes: list[int]) -> None:
+    @rule(
+        replays=st.booleans(),
+        sizes=st.lists(st.integers(0, CAPACITY), min_size=1, max_size=5)
+        | st.lists(st.integers(0, 60), min_size=1, max_size=3),
+        is_told=st.booleans(),
+    )
+    def run_graph(self, replays: bool, sizes: list[int], is_told: bool) -> None:
         self.runs += 1
         memories = self.static if replays else [Memory(size) for size in sizes]
-        admitted = self.transfer.admit(DEVICE, wait=False)
-        assert admitted or len(self.transfer._waiting) > 1
+        num_bytes = sum(len(memory.data) for memory in memories) if is_told else 0
+        is_small = 0 < num_bytes <= CAPACITY // 4
+        admitted = self.transfer.admit(DEVICE, num_bytes, wait=False)
+        assert admitted or len(self.transfer._waiting) > 1 or is_small
         values = [Value(self.device, memory, owns=not replays) for memory in memories]
         expected = []
         for number, memory in enumerate(memories):
@@ -77,7 +84,11 @@ class Interleavings(RuleBasedStateMachine):
         if not admitted:
             return  # dropped
         with self.transfer.order:
-            self.queue.append((self.transfer.start(values, overwritten=replays), expected))
+            nothing_waits = not self.transfer._waiting
+            landing = self.transfer.start(values, overwritten=replays)
+            self.queue.append((landing, expected))
+            if is_small and nothing_waits and replays is False and landing.plan.gathers:
+                assert landing.is_started, "it was let in once there was room"
         self.started += len(values)
 
     @rule(times=st.integers(1, 6))
@@ -201,7 +212,7 @@ def test_a_replay_does_not_wait_for_the_copies_of_the_one_before() -> None:
     output = Memory(64)
     landings = []
     for number in (1, 2):
-        assert transfer.admit(DEVICE, wait=True)
+        assert transfer.admit(DEVICE, 0, wait=True)
         device.compute.append(lambda number=number: output.data.fill_(number))
         with transfer.order:
             landings.append(transfer.start([Value(device, output, owns=False)], overwritten=True))
@@ -239,10 +250,10 @@ def test_a_backlog_holds_up_the_host_until_its_values_are_under_way() -> None:
             transfer.start(values_of(device, contents[:3])),
             transfer.start(values_of(device, contents[3:])),
         ]
-    assert not transfer.admit(DEVICE, wait=False)
+    assert not transfer.admit(DEVICE, 0, wait=False)
     admitted = threading.Event()
     thread = threading.Thread(
-        target=lambda: transfer.admit(DEVICE, wait=True) and admitted.set(), daemon=True
+        target=lambda: transfer.admit(DEVICE, 0, wait=True) and admitted.set(), daemon=True
     )
     thread.start()
     taken = []
@@ -255,6 +266,29 @@ def test_a_backlog_holds_up_the_host_until_its_values_are_under_way() -> None:
     assert admitted.is_set() and taken == list(range(6)) and transfer.stalled_ns > 0
 
 
+def test_small_runs_wait_for_room_before_they_run() -> None:
+    """Not on the device, where each would be held and copied value by value."""
+    device = Device()
+    transfer = PinnedTransfer(CAPACITY, device)
+    size = CAPACITY // 8
+    landings = []
+    while transfer.admit(DEVICE, size, wait=False):
+        with transfer.order:
+            landings.append(transfer.start(values_of(device, [torch.ones(size, dtype=torch.uint8)])))
+    assert len(landings) > 4 and all(landing.is_started for landing in landings)
+    assert not transfer.admit(DEVICE, size, wait=True, timeout_s=0.01) and transfer.stalled_ns > 0
+    admitted = threading.Event()
+    thread = threading.Thread(
+        target=lambda: transfer.admit(DEVICE, size, wait=True) and admitted.set(), daemon=True
+    )
+    thread.start()
+    for landing in landings[:3]:
+        for arrival in landing.arrivals(lambda: None):
+            give_back(arrival)
+    thread.join(60)
+    assert admitted.is_set() and not transfer.num_waiting
+
+
 def test_after_a_failure_nothing_waits() -> None:
     """A stalled model's thread and the drain thread are let go; spans come back once their copies are done."""
     device = Device()
@@ -264,7 +298,9 @@ def test_after_a_failure_nothing_waits() -> None:
             transfer.start(values_of(device, [torch.ones(CAPACITY, dtype=torch.uint8)] * 3)) for _ in range(2)
         )
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(transfer.admit(DEVICE, wait=True)), daemon=True)
+    thread = threading.Thread(
+        target=lambda: answers.append(transfer.admit(DEVICE, 0, wait=True)), daemon=True
+    )
     thread.start()
     arrivals = landing.arrivals(transfer.shut)
     give_back(next(arrivals))

@@ -58,6 +58,7 @@ class Drain:
         site_ids: the writer's id of each site, by name.
         budget: gets the bytes of a value back once it is stored.
         shut: called at the first failure: nothing that waits for room may go on waiting.
+        waited_for: whether a thread that runs the model waits for room.
         packed_bytes: the most that small values may take while they are packed.
         dropped: told the names of records that are thrown away after a failure.
         tick: called a few times a second.
@@ -71,6 +72,7 @@ class Drain:
         budget: HostBudget,
         *,
         shut: Callable[[], None],
+        waited_for: Callable[[], bool],
         packed_bytes: int,
         dropped: Callable[[Sequence[str]], None],
         tick: Callable[[], None] | None,
@@ -90,6 +92,7 @@ class Drain:
         self._last_names: Sequence[str] = ()
         self._last_ids: Sequence[int] = ()
         self._shut = shut
+        self._waited_for = waited_for
         self._dropped = dropped
         self._tick = tick
         self._thread = threading.Thread(target=self._run, name="fx_instrument-drain", daemon=True)
@@ -128,7 +131,7 @@ class Drain:
 
     def _seal_old(self) -> None:
         # Who waits for room may wait for a page that is not full.
-        self._writer.seal(older_than_s=0.0 if self._budget.num_waiting else SEAL_AFTER_S)
+        self._writer.seal(older_than_s=0.0 if self._waited_for() else SEAL_AFTER_S)
 
     def _write(self, delivery: Delivery) -> None:
         if self.failure is not None:

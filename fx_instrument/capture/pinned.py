@@ -27,7 +27,7 @@ import torch
 
 from ..errors import BufferTooSmallError
 from .layout import Layout, Plan, make_plan
-from .ring import Ring, Span
+from .ring import ALIGNMENT, Ring, Span
 
 _MAX_WAITING = 1
 """Graph runs with values that still wait for room when the next one begins: with it, device memory holds two."""
@@ -93,6 +93,8 @@ class PinnedTransfer:
         self.order = threading.RLock()
         """Held around ``start`` and what tells the drain thread of it: landings are drained in their order."""
         self.stalled_ns = 0
+        self.num_waiting = 0
+        """Threads that run the model and wait for room."""
         self._engine = engine
         self._memory: torch.Tensor | None = None
         self._waiting: deque[Landing] = deque()
@@ -102,22 +104,45 @@ class PinnedTransfer:
         self._changed = threading.Condition(self.order)
         self._open = True
 
-    def admit(self, device: torch.device, *, wait: bool, timeout_s: float | None = None) -> bool:
+    def admit(
+        self, device: torch.device, num_bytes: int, *, wait: bool, timeout_s: float | None = None
+    ) -> bool:
         """Before a graph runs: True once its values may be started, False if they are to be dropped.
+
+        Values of a quarter of the ring, or less, are let in once the ring has room for them, so that they never wait on
+        the device, piece by piece: the ring holds those of three runs before, whose work the device goes on with.
 
         Args:
             device: where it runs.
+            num_bytes: of its values; 0 if unknown, or nothing to speak of.
             wait: let the host wait while earlier values wait for room in the ring, at most ``timeout_s`` seconds.
         """
         self._engine.check(device)
+        needed = (
+            num_bytes + num_bytes // 64 + ALIGNMENT if 0 < num_bytes <= self.ring.capacity_bytes // 4 else 0
+        )
         with self._changed:
-            if self._open and len(self._waiting) > _MAX_WAITING and wait:
-                started = time.perf_counter_ns()
-                self._changed.wait_for(
-                    lambda: not self._open or len(self._waiting) <= _MAX_WAITING, timeout_s
-                )
-                self.stalled_ns += time.perf_counter_ns() - started
-            return self._open and len(self._waiting) <= _MAX_WAITING
+            if self._open and self._is_free() and (not needed or self.ring.has_room(needed)):
+                return True
+            if not wait or not self._open:
+                return False
+            self.num_waiting += 1
+        started = time.monotonic()
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._open or self._is_free(), timeout_s)
+                admitted = self._open and self._is_free()
+            if admitted and needed:
+                left_s = None if timeout_s is None else max(0.0, started + timeout_s - time.monotonic())
+                admitted = self.ring.wait_for(needed, left_s)
+            return admitted
+        finally:
+            with self._changed:
+                self.num_waiting -= 1
+                self.stalled_ns += int((time.monotonic() - started) * 1e9)
+
+    def _is_free(self) -> bool:
+        return len(self._waiting) <= _MAX_WAITING
 
     def start(self, values: Sequence[torch.Tensor], *, overwritten: bool = False) -> Landing:
         """Begin to copy ``values``, on the thread that ran their graph; ``order`` must be held.

@@ -60,11 +60,18 @@ class Ring:
             self.peak_bytes = max(self.peak_bytes, self.held_bytes)
             return span
 
-    def wait_for(self, num_bytes: int) -> bool:
-        """True once ``take(num_bytes)`` has room; False after ``shut``."""
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether ``take(num_bytes)`` would have room."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._open or self._place(num_bytes) is not None)
-            return self._open
+            return self._open and self._place(num_bytes) is not None
+
+    def wait_for(self, num_bytes: int, timeout_s: float | None = None) -> bool:
+        """True once ``take(num_bytes)`` has room; False after ``shut``, or after ``timeout_s`` seconds without."""
+        with self._changed:
+            found = self._changed.wait_for(
+                lambda: not self._open or self._place(num_bytes) is not None, timeout_s
+            )
+            return found and self._open
 
     def release(self, span: Span) -> None:
         """Take a span back from one of its users; each does so exactly once."""

@@ -88,6 +88,7 @@ class Session:
             {site.name: writer.add_site(site.name, site.role) for site in sites},
             self._budget,
             shut=self._shut,
+            waited_for=lambda: self._budget.num_waiting > 0 or self._transfer.is_waited_for,
             packed_bytes=packed_bytes,
             dropped=self._count_dropped,
             tick=self._tick if progress else None,
@@ -123,6 +124,7 @@ class Session:
         num_bytes: int,
         *,
         device: torch.device | None = None,
+        device_bytes: int = 0,
         replays: bool = False,
     ) -> _Ticket:
         total = num_bytes + len(sites) * RECORD_OVERHEAD_BYTES
@@ -138,7 +140,7 @@ class Session:
         if self._closed:
             return _Ticket(0, dropped=True)
         if device is not None:
-            return self._reserve_on(device, total, overwritten=replays)
+            return self._reserve_on(device, device_bytes, total, overwritten=replays)
         if not self._drop or needed > self._budget.limit_bytes:
             granted = self._acquire(total)
             return _Ticket(total if granted else 0, dropped=not granted)
@@ -150,14 +152,16 @@ class Session:
             return _Ticket(total, dropped=False)
         return _Ticket(total if self._budget.acquire(total, wait=True) else 0, dropped=True)
 
-    def _reserve_on(self, device: torch.device, total: int, *, overwritten: bool) -> _Ticket:
+    def _reserve_on(
+        self, device: torch.device, device_bytes: int, total: int, *, overwritten: bool
+    ) -> _Ticket:
         """Room for what a graph leaves on ``device``: in the budget for ``total`` bytes, in the ring piece by piece."""
-        admitted = self._transfer.admit(device, wait=False)
+        admitted = self._transfer.admit(device, device_bytes, wait=False)
         if not admitted:
-            self._handover.wake()
+            self._handover.seal()
             if not self._drop:
                 timeout_s = self._patience() if self._patience is not None else None
-                admitted = self._transfer.admit(device, wait=True, timeout_s=timeout_s)
+                admitted = self._transfer.admit(device, device_bytes, wait=True, timeout_s=timeout_s)
         if not admitted or not self._acquire(total):
             return _Ticket(0, dropped=True)
         return _Ticket(total, dropped=False, device=device, overwritten=overwritten)
@@ -241,7 +245,7 @@ class Session:
                 f"max_memory_gb={self._max_memory_bytes / 1e9:g} leaves the buffer {self._budget.limit_bytes} bytes"
             )
         if device is not None:
-            ticket = self._reserve_on(device, total, overwritten=True)
+            ticket = self._reserve_on(device, 0, total, overwritten=True)
         else:
             granted = self._acquire(total, leave_bytes=self._largest_run_bytes)
             ticket = _Ticket(total if granted else 0, dropped=not granted)

@@ -36,9 +36,16 @@ class Transfer:
         """How long graph runs on devices waited for earlier ones' values."""
         return self._pinned.stalled_ns if self._pinned is not None else 0
 
-    def admit(self, device: torch.device, *, wait: bool, timeout_s: float | None = None) -> bool:
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether a thread that runs the model waits for room."""
+        return self._pinned is not None and self._pinned.num_waiting > 0
+
+    def admit(
+        self, device: torch.device, num_bytes: int, *, wait: bool, timeout_s: float | None = None
+    ) -> bool:
         """Before a graph runs on ``device``: as ``PinnedTransfer.admit``."""
-        return self._through_pinned().admit(device, wait=wait, timeout_s=timeout_s)
+        return self._through_pinned().admit(device, num_bytes, wait=wait, timeout_s=timeout_s)
 
     def in_order(self, device: torch.device | None) -> AbstractContextManager[Any]:
         """Held around ``start`` and the hand-over of what it answers."""

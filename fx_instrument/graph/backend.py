@@ -181,8 +181,12 @@ class CapturedGraph:
         self._device = next((value.device for value in kept if value.device.type == "cuda"), None)
         self._replays = replays
         # What stays on a device needs no room on the host before it is on its way there.
-        on_host = [value for value in kept if value.device.type != "cuda"]
-        self._num_bytes = sizes.total([(value.numel(), value.element_size()) for value in on_host])
+        self._num_bytes, self._device_bytes = (
+            sizes.total(
+                [(v.numel(), v.element_size()) for v in kept if (v.device.type == "cuda") is on_device]
+            )
+            for on_device in (False, True)
+        )
         self._full_shapes = None
         if rewritten.sampled:
             self._full_shapes = sizes.shapes([planned.value.shape for planned in rewritten.planned])
@@ -214,7 +218,14 @@ class CapturedGraph:
         num_bytes = self._num_bytes(args) if self._num_bytes is not None else None
         ticket = None
         if self._device is not None:
-            ticket = sink.reserve(sites, num_bytes or 0, device=self._device, replays=self._replays)
+            device_bytes = self._device_bytes(args) if self._device_bytes is not None else 0
+            ticket = sink.reserve(
+                sites,
+                num_bytes or 0,
+                device=self._device,
+                device_bytes=device_bytes,
+                replays=self._replays,
+            )
         elif num_bytes is not None:
             ticket = sink.reserve(sites, num_bytes)
         try:

@@ -46,6 +46,7 @@ class Sink(Protocol):
         num_bytes: int,
         *,
         device: torch.device | None = None,
+        device_bytes: int = 0,
         replays: bool = False,
     ) -> Any:
         """Make room before a graph runs: waits, refuses, or answers that the values are to be dropped.
@@ -54,6 +55,7 @@ class Sink(Protocol):
             sites: whose values come.
             num_bytes: of values on the host.
             device: where the others are; None if there are none.
+            device_bytes: of those; 0 where the data decides.
             replays: they may lie where the graph's next run writes.
         """
 

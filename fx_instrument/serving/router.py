@@ -109,13 +109,16 @@ class Router:
         num_bytes: int,
         *,
         device: torch.device | None = None,
+        device_bytes: int = 0,
         replays: bool = False,
     ) -> _Ticket | None:
         lane = self._enter_again()
         if lane is None:
             return None
         with self._shielded(lane):
-            inner = lane.session.reserve(sites, num_bytes, device=device, replays=replays)
+            inner = lane.session.reserve(
+                sites, num_bytes, device=device, device_bytes=device_bytes, replays=replays
+            )
             return _Ticket(lane, inner)
         self._files.leave(lane)
         return None
