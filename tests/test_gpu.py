@@ -430,13 +430,18 @@ def test_blocks_strictly(tmp_path: Path, mode: str) -> None:
             assert all(same_bits(first, other) for other in others)
 
 
-def test_verify_certifies() -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_verify_says_what_capturing_changes(strict: bool) -> None:
+    """Of so small a model Inductor makes other kernels where a value is captured; strict, the outputs' bits stay."""
     model = make().cuda()
-    framework = InstrumentationFramework()
+    framework = InstrumentationFramework(InstrumentationConfig(strict_numerics=strict))
     framework.instrument_model(model)
     found = framework.verify(model, tokens(2, 16).cuda())
-    assert found.outputs_bit_equal and found.idle_bit_equal and found.graphs_equal, str(found)
-    assert len(found.sites) == len(framework.sites)
+    assert found.idle_bit_equal and found.graphs_equal and len(found.sites) == len(framework.sites), str(
+        found
+    )
+    assert found.max_output_difference < 1e-5, str(found)
+    assert found.ok or not strict, str(found)
 
 
 def test_training(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def main(
                 plain(model, AGAIN, **options),
             ]
             run = measure.Decode(model, batch, steps, cache)
-            entry: dict[str, Any] = {"compile_s": measure.settle(variants, run, say)}
+            entry: dict[str, Any] = {"variants": measure.settle(variants, run, say)}
             found["workloads"][run.name] = entry
             for key, each in (("free", False), ("each", True)):
                 entry[key] = measure.rounds(variants, run, min(rounds, 5) if each else rounds, each=each)
@@ -125,7 +125,7 @@ def main(
                 found["plain_copy_gbps"] = measure.plain_copy_gbps()
                 say(f"a plain pinned copy: {found['plain_copy_gbps']:.1f} GB/s")
             for title, variants in groups.items():
-                entry = {"compile_s": measure.settle(variants, run, say)}
+                entry = {"variants": measure.settle(variants, run, say)}
                 found["workloads"][title] = entry
                 entry["free"] = measure.rounds(variants, run, rounds, each=False)
                 show(f"{title}, back to back", entry["free"], say)

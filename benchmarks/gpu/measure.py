@@ -40,8 +40,8 @@ class Decode:
         # The first call makes the cache's memory; in a CUDA graph it would be overwritten by the next.
         model(self._first, past_key_values=self._cache, position_ids=self._first * 0, use_cache=True)
 
-    def __call__(self, model: Any, *, each: bool = False) -> None:
-        """All steps; with ``each``, the host waits for every token, as ``generate`` does."""
+    def __call__(self, model: Any, *, each: bool = False) -> torch.Tensor:
+        """All steps, and the last logits; with ``each``, the host waits for every token, as ``generate`` does."""
         cache, token = self._cache, self._first
         cache.reset()
         for step in range(self.steps):
@@ -50,6 +50,8 @@ class Decode:
             token = logits[:, -1:].argmax(-1)
             if each:
                 token.tolist()
+        last: torch.Tensor = logits
+        return last
 
 
 class Prefill:
@@ -61,25 +63,33 @@ class Prefill:
         device = next(model.parameters()).device
         self._ids = torch.arange(length, device=device)[None] % 1000 + 5
 
-    def __call__(self, model: Any, *, each: bool = False) -> None:
+    def __call__(self, model: Any, *, each: bool = False) -> torch.Tensor:
         for _ in range(self.steps):
             logits = model(self._ids, use_cache=False, logits_to_keep=1).logits
             if each:
                 logits.argmax(-1).tolist()
+        last: torch.Tensor = logits
+        return last
 
 
-def settle(variants: Sequence[Variant], run: Any, say: Callable[[str], None]) -> dict[str, float]:
-    """Compile, warm up and record every variant; seconds that each took."""
-    taken = {}
+def settle(variants: Sequence[Variant], run: Any, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """Compile, warm up and record every variant; seconds that each took, and whether its last logits have the bits
+    of the first variant's."""
+    found: dict[str, dict[str, Any]] = {}
+    expected = None
     for variant in variants:
         started = time.perf_counter()
         for _ in range(2):
             with variant.running():
-                run(variant.model)
+                logits = run(variant.model).clone()
                 synchronize()
-        taken[variant.name] = time.perf_counter() - started
-        say(f"{run.name}, {variant.name}: ready after {taken[variant.name]:.1f} s")
-    return taken
+        taken = time.perf_counter() - started
+        expected = logits if expected is None else expected
+        equal = bool(torch.equal(logits, expected))
+        found[variant.name] = {"compile_s": taken, "outputs_equal": equal}
+        differ = "" if equal else ", other outputs"
+        say(f"{run.name}, {variant.name}: ready after {taken:.1f} s{differ}")
+    return found
 
 
 def rounds(variants: Sequence[Variant], run: Any, num_rounds: int, *, each: bool) -> dict[str, Any]:
