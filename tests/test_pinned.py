@@ -289,6 +289,19 @@ def test_small_runs_wait_for_room_before_they_run() -> None:
     assert admitted.is_set() and not transfer.num_waiting
 
 
+def test_a_device_without_memory_loses_no_room() -> None:
+    """Whoever called learns it; the ring is as it was."""
+
+    class Full(Device):
+        def gather(self, *args: object) -> Value:
+            raise MemoryError("the device is full")
+
+    transfer = PinnedTransfer(CAPACITY, Full())
+    with transfer.order, pytest.raises(MemoryError, match="the device is full"):
+        transfer.start(values_of(Device(), [torch.ones(64, dtype=torch.uint8)] * 3))
+    assert transfer.ring.held_bytes == 0
+
+
 def test_after_a_failure_nothing_waits() -> None:
     """A stalled model's thread and the drain thread are let go; spans come back once their copies are done."""
     device = Device()

@@ -163,19 +163,27 @@ class PinnedTransfer:
             self._memory = self._engine.allocate(self.ring.capacity_bytes)
         landing = Landing(self, plan, values)
         with self._changed:
-            if not self._waiting:
-                self._place(landing)
-            if plan.gathers:
-                self._gather(landing)
-            if overwritten:
-                for piece in landing.pieces[landing.num_placed :]:
-                    if piece.layout.device is not None:
-                        piece.sources = [self._engine.keep(value) for value in piece.sources]
-            landing.marks = {device: self._engine.mark(device) for device in plan.devices}
-            self._copy_what_is_placed(landing)
-            if not landing.is_started:
-                self._waiting.append(landing)
+            try:
+                self._begin(landing, overwritten)
+            except BaseException:
+                # The device has no memory left, say: the ring's is not lost with it.
+                landing.abandon()
+                raise
         return landing
+
+    def _begin(self, landing: Landing, overwritten: bool) -> None:
+        if not self._waiting:
+            self._place(landing)
+        if landing.plan.gathers:
+            self._gather(landing)
+        if overwritten:
+            for piece in landing.pieces[landing.num_placed :]:
+                if piece.layout.device is not None:
+                    piece.sources = [self._engine.keep(value) for value in piece.sources]
+        landing.marks = {device: self._engine.mark(device) for device in landing.plan.devices}
+        self._copy_what_is_placed(landing)
+        if not landing.is_started:
+            self._waiting.append(landing)
 
     def _plan(self, values: Sequence[torch.Tensor], overwritten: bool) -> Plan:
         """Runs of one graph differ in their values alone, so it is made once for each."""
