@@ -33,8 +33,9 @@ def resident(field: str) -> int:
 def versions() -> dict[str, Any]:
     """The command that this process was started with, the machine, and what reads and writes files on it."""
     spec = sys.modules["__main__"].__spec__
+    name = spec.name.removesuffix(".__main__") if spec else "?"
     return {
-        "command": f"python -m {spec.name if spec else '?'} {' '.join(sys.argv[1:])}".rstrip(),
+        "command": f"python -m {name} {' '.join(sys.argv[1:])}".rstrip(),
         "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg(),
