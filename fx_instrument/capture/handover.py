@@ -56,10 +56,6 @@ class Handover:
             # After inputs the graph is still to be launched: the drain thread, once awake, would hold that up.
             self._wake.set()
 
-    def wake(self) -> None:
-        """Have the drain thread look now: someone waits for what it takes."""
-        self._wake.set()
-
     def seal(self) -> None:
         """Have pages that are not full yet stored at once: the buffer is full, and they may be what fills it."""
         self._seal = True
