@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import make, tokens
+from tiny_llm import tiny_llama
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.utils import get_all_devices, get_first_incompatible_cudagraph_node
@@ -112,21 +113,10 @@ def test_sampling_stays_in_the_graph(tmp_path: Path) -> None:
 def test_decoding_with_a_static_cache(tmp_path: Path) -> None:
     """The cache is written where it was before, and by nothing more."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.AutoConfig.for_model(
-        "llama",
-        num_hidden_layers=2,
-        hidden_size=32,
-        intermediate_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=37,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = tiny_llama()
 
     def call() -> tuple[Any, ...]:
-        cache = transformers.StaticCache(config=config, max_cache_len=16)
+        cache = transformers.StaticCache(config=model.config, max_cache_len=16)
         with torch.no_grad():
             model.forward(tokens(2, 5), past_key_values=cache)
         return tokens(2, 1), torch.ones(2, 16, dtype=torch.long), torch.full((2, 1), 5), cache
@@ -139,18 +129,8 @@ def test_a_call_that_makes_a_static_cache_runs_eagerly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As transformers itself does: made in a CUDA graph, the cache would be overwritten. Nothing of it is lost."""
-    transformers = pytest.importorskip("transformers")
+    model = tiny_llama()
     monkeypatch.setattr("fx_instrument.graph.attach.is_on_cpu", lambda model: False)
-    config = transformers.AutoConfig.for_model(
-        "llama",
-        num_hidden_layers=2,
-        hidden_size=32,
-        intermediate_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=37,
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     options = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static", "pad_token_id": 0}
     ids = tokens(2, 7)
     expected = model.generate(ids, **options)

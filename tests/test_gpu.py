@@ -13,6 +13,7 @@ import pytest
 import torch
 from hooks import eager_values, same_bits
 from models import make, tokens
+from tiny_llm import tiny_llama
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -86,24 +87,9 @@ def test_replays_keep_each_steps_values(tmp_path: Path, mode: str, recordings: m
     check_values(path, eager, inputs)
 
 
-def small_llama() -> Any:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.AutoConfig.for_model(
-        "llama",
-        num_hidden_layers=2,
-        hidden_size=64,
-        intermediate_size=128,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=100,
-    )
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config).eval().cuda()
-
-
 def test_generate_with_a_static_cache(tmp_path: Path, recordings: mock.Mock) -> None:
     """The tokens of the uncaptured model, under CUDA graphs; each row is the one that eager hooks see."""
-    model = small_llama()
+    model = tiny_llama(100).cuda()
     eager = copy.deepcopy(model)
     ids = torch.randint(3, 100, (2, 7)).cuda()
     options = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
@@ -133,7 +119,7 @@ def test_generate_with_a_static_cache(tmp_path: Path, recordings: mock.Mock) -> 
 def test_decoding_with_a_cache_of_the_callers_own(tmp_path: Path, recordings: mock.Mock) -> None:
     """One graph for all steps, nothing skipped, and each step's values."""
     transformers = pytest.importorskip("transformers")
-    model = small_llama()
+    model = tiny_llama(100).cuda()
     eager = copy.deepcopy(model)
     framework = InstrumentationFramework()
     framework.instrument_model(model, mode="reduce-overhead")

@@ -1,10 +1,29 @@
-"""A folder with a tiny Llama of random weights and a tokenizer of 128 words, as servers load them."""
+"""Tiny Llamas of random weights: by themselves, and in a folder with a tokenizer of 128 words, as servers load them."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+
+
+def tiny_llama(vocabulary: int = 37) -> Any:
+    """Two layers of width 32; the test is skipped where transformers is not installed."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(
+        "llama",
+        num_hidden_layers=2,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=vocabulary,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 def save_tiny_llm(folder: Path) -> None:
