@@ -43,7 +43,7 @@ class Certificate:
     """Instrumented and not capturing against the same."""
     sites: tuple[SiteDifference, ...]
     num_graphs: Mapping[str, int]
-    """Graphs in each state: "compiled", "idle", "capturing"."""
+    """Graphs that the call ran in each state: "compiled", "idle", "capturing"."""
     num_recompiles: Mapping[str, int]
     """Graphs compiled again when the same call came again, switches between the states included."""
     graphs_equal: bool
@@ -126,7 +126,7 @@ def verify_model(
             torch.compile(twin._call_impl, backend=backend, **outer, **isolation(), **filtered), twin
         )
         outputs = call()
-        plain_graphs = len(plain.graphs)
+        plain_graphs, num_plain = plain.take_run(), len(plain.graphs)
         call()
 
     captured = _Recorder()
@@ -146,12 +146,12 @@ def verify_model(
             called(attachment.compiled_variant(backend, guard_filter_fn=guard_filter_fn, **outer), twin)
             for _ in range(2)
         )
-        counts = [0]
         idle_outputs = idle()
-        counts.append(len(captured.graphs))
+        idle_graphs = captured.take_run()
         attachment.open(sink)
         captured_outputs = capturing()
-        counts.append(len(captured.graphs))
+        capturing_graphs = captured.take_run()
+        counts = [len(captured.graphs)]
         sink.paused = True
         capturing()
         counts.append(len(captured.graphs))
@@ -159,11 +159,9 @@ def verify_model(
         idle()
         counts.append(len(captured.graphs))
         attachment.detach()
-    num_idle, num_capturing, again_capturing, again_idle = (b - a for a, b in itertools.pairwise(counts))
-    found = _graph_difference(plain.graphs[:plain_graphs], captured.graphs[:num_idle], "idle")
-    found = found or _graph_difference(
-        plain.graphs[:plain_graphs], captured.graphs[num_idle : counts[2]], "capturing"
-    )
+    again_capturing, again_idle = (b - a for a, b in itertools.pairwise(counts))
+    found = _graph_difference(plain_graphs, idle_graphs, "idle")
+    found = found or _graph_difference(plain_graphs, capturing_graphs, "capturing")
     differences = [largest_difference(a, b) for a, b in zip(outputs, captured_outputs, strict=True)]
     certificate = Certificate(
         ok=True,
@@ -172,14 +170,18 @@ def verify_model(
         backend=inner if isinstance(inner, str) else getattr(inner, "__name__", type(inner).__name__),
         strict_numerics=config.strict_numerics,
         # Without captures, with them, and the captures alone.
-        num_graphs_apart=sum(len(graphs) == 3 for graphs in captured.graphs[num_idle : counts[2]]),
+        num_graphs_apart=sum(len(graphs) == 3 for graphs in capturing_graphs),
         outputs_bit_equal=all(map(same_bits, outputs, captured_outputs)),
         max_output_difference=max(differences, default=0.0),
         idle_bit_equal=all(map(same_bits, outputs, idle_outputs)),
         sites=sink.differences(sites),
-        num_graphs={"compiled": plain_graphs, "idle": num_idle, "capturing": num_capturing},
+        num_graphs={
+            "compiled": len(plain_graphs),
+            "idle": len(idle_graphs),
+            "capturing": len(capturing_graphs),
+        },
         num_recompiles={
-            "compiled": len(plain.graphs) - plain_graphs,
+            "compiled": len(plain.graphs) - num_plain,
             "idle": again_idle,
             "capturing": again_capturing,
         },
@@ -225,20 +227,37 @@ def _tensors(output: object) -> Iterator[torch.Tensor]:
 
 
 class _Recorder:
-    """Keeps the graphs that a backend is given: for each graph of Dynamo's, those that were compiled for it."""
+    """Keeps the graphs that a backend is given: for each graph of Dynamo's, those that were compiled for it.
+
+    Which of them a call runs is noted too: behind graph breaks frames without marks are shared by both variants where
+    torch has no ``isolate_recompiles``, so that a call may run what another one compiled.
+    """
 
     def __init__(self) -> None:
         self.graphs: list[list[fx.GraphModule]] = []
+        self._run: dict[int, list[fx.GraphModule]] = {}
+
+    def take_run(self) -> list[list[fx.GraphModule]]:
+        """The graphs that ran since this was asked last, each once, in the order in which they ran first."""
+        run, self._run = list(self._run.values()), {}
+        return run
 
     def outer(self, backend: Callable[..., Any]) -> Callable[..., Any]:
         def call(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-            self.graphs.append([])
+            graphs: list[fx.GraphModule] = []
+            self.graphs.append(graphs)
             try:
-                return backend(gm, inputs, **kwargs)
+                compiled = backend(gm, inputs, **kwargs)
             except BaseException:
                 # Dynamo traces again, where Inductor tells it to read a number as a constant for example.
                 self.graphs.pop()
                 raise
+
+            def run(*args: Any) -> Any:
+                self._run.setdefault(id(graphs), graphs)
+                return compiled(*args)
+
+            return run
 
         return call
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,8 @@ def test_one_round_fills_every_column(tmp_path: Path, options: Options) -> None:
     cli.write(result, tmp_path / "result.json")
     read: dict[str, Any] = json.loads((tmp_path / "result.json").read_text())
     assert read["schema"] == cli.SCHEMA
-    assert (
-        read["commands"] and read["versions"]["torch"] == torch.__version__ and read["machine"]["cores"] >= 1
-    )
+    assert read["commands"] and read["machine"]["cores"] >= 1
+    assert read["versions"]["torch"] == metadata.version("torch")  # without the build, as in 2.11.0+cu130
     rows = read["sections"]["real"]["workloads"]["prefill 2x8"]["variants"]
     assert len(rows) == len(chosen)
     for name, row in rows.items():

@@ -152,6 +152,11 @@ def test_an_encoder_outside_the_forward(tmp_path: Path) -> None:
             assert same_bits(stream.read(name, max(step, 0), call), value)
 
 
+# Inductor of torch 2.11 checks an index in C++ before it computes it ("'tmp6' was not declared"), in graphs of these
+# models on CPU, captured or not.
+UNCHECKED = {"options": {"assert_indirect_indexing": False}} if torch.__version__.startswith("2.11.") else {}
+
+
 def test_the_five_lines_on_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The document's lines, generate() included, on Inductor, sampled."""
     monkeypatch.chdir(tmp_path)
@@ -164,7 +169,7 @@ def test_the_five_lines_on_hugging_face(tmp_path: Path, monkeypatch: pytest.Monk
             max_memory_gb=4.0,
         )
     )
-    framework.instrument_model(model)
+    framework.instrument_model(model, **UNCHECKED)
     with framework.capture_activations("output.stream"):
         outputs = model.generate(input_ids, max_length=10)
     analysis = framework.analyze_activations("output.stream")

@@ -72,8 +72,8 @@ def test_capture_ops_stand_behind_their_values_and_no_mark_survives() -> None:
     assert without == targets(uncaptured)
     assert targets(capturing).count(torch.clone) == len(framework.sites) == 4
     assert not {tap, step_begin, step_end} & set(targets(capturing))
-    (outputs,) = next(reversed(capturing.graph.nodes)).args
-    (plain_outputs,) = next(reversed(uncaptured.graph.nodes)).args
+    (outputs,) = capturing.graph.output_node().args
+    (plain_outputs,) = uncaptured.graph.output_node().args
     assert len(outputs) == len(plain_outputs) + 4
     assert all(node.target is torch.clone for node in outputs[len(plain_outputs) :])
 
@@ -86,7 +86,7 @@ def test_sampling_leaves_only_samples() -> None:
     framework = instrumented(model, config, backend=inner)
     with torch.no_grad(), framework.capture_activations(None):
         model(ids)
-    (outputs,) = next(reversed(inner.graphs[0].graph.nodes)).args
+    (outputs,) = inner.graphs[0].graph.output_node().args
     assert [tuple(node.meta["example_value"].shape) for node in outputs[1:]] == [(16,)] * 4
 
 

@@ -32,7 +32,7 @@ class Compiler:
         self.num_outputs: list[int] = []
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.num_outputs.append(len(next(reversed(gm.graph.nodes)).args[0]))
+        self.num_outputs.append(len(gm.graph.output_node().args[0]))
         return lookup_backend("aot_eager")(gm, inputs)
 
 
