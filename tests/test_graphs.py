@@ -511,6 +511,10 @@ def test_values_that_are_no_plain_tensors_are_refused() -> None:
         model(nested)
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."),
+    reason="torch 2.11 crashes where threads call a compiled model at once, plain ones too",
+)
 def test_switching_while_other_threads_run_the_model() -> None:
     """Blocks that open and close while other threads call the model: no call fails, none is half in a block."""
     model, ids = make(Shape(depth=1)), tokens(1, 4)
