@@ -14,7 +14,8 @@ from torch import nn
 
 from .capture.transfer import host_bytes
 from .config import BYTES_PER_GB, HookGranularity, InstrumentationConfig
-from .graph.attach import integer_inputs, is_ours, positional_names
+from .graph.attach import is_ours
+from .graph.counting import integer_inputs, positional_names
 from .graph.rewrite import Sampling
 from .graph.roles import Role
 from .graph.sites import Site

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -190,3 +191,31 @@ def test_framework_backend_of_a_compiled_model_is_refused() -> None:
     framework = instrumented(make(PLAIN))
     with pytest.raises(InstrumentationError, match="backend=None"):
         framework.backend("eager")
+
+
+def test_threads_that_meet_where_torch_mixes_them_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 and 2.12 may run one thread's idle graph for another: a block in which that can be warns, once."""
+    monkeypatch.setattr("fx_instrument.graph.attach.isolation", dict)
+    model = make()
+    framework = instrumented(model, "eager")
+    gate = model.__dict__["_compiled_call_impl"]._gate
+    is_in, may_leave = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        gate.enter()
+        is_in.set()
+        may_leave.wait(60)
+        gate.leave()
+
+    with torch.no_grad(), framework.capture_activations(None):
+        model(tokens(2, 3))
+        thread = threading.Thread(target=stay)
+        thread.start()
+        is_in.wait(60)
+        with pytest.warns(IncompleteCaptureWarning, match="several threads run this model at once"):
+            model(tokens(2, 3))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(tokens(2, 3))
+        may_leave.set()
+        thread.join(60)

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ..errors import InstrumentationError
-from .attach import integer_inputs
+from .counting import integer_inputs
 from .exported import MARK, ExportedOutputs, read_spec
 from .gate import Gate
 from .marker import Sink

@@ -56,6 +56,11 @@ class Gate:
         if self.switching:
             self.left()
 
+    def others_are_in(self) -> bool:
+        """Whether another thread is inside the model."""
+        own = self.turn()
+        return any(turn.depth for turn in tuple(self._turns) if turn is not own)
+
     def wait(self, turn: Turn) -> None:
         """Step back until the switch is made; a call inside a call of this thread's goes on, or neither would end."""
         if turn.depth > 1:
@@ -80,17 +85,12 @@ class Gate:
         Raises:
             TimeoutError: calls were in flight for ``timeout_s`` seconds; nothing was switched.
         """
-        own = self.turn()
-
-        def others_are_out() -> bool:
-            return not any(turn.depth for turn in tuple(self._turns) if turn is not own)
-
         with self._changed:
             if not self._changed.wait_for(lambda: not self.switching, timeout_s):
                 raise TimeoutError(f"another switch has been waiting for more than {timeout_s:g} s")
             self.switching = True
             try:
-                if not self._changed.wait_for(others_are_out, timeout_s):
+                if not self._changed.wait_for(lambda: not self.others_are_in(), timeout_s):
                     raise TimeoutError(f"forward calls of other threads were in flight for {timeout_s:g} s")
                 yield
             finally:

@@ -16,8 +16,9 @@ from torch._dynamo.utils import counters, get_compilation_metrics
 from torch.fx.experimental import _config as shape_config
 
 from ..sampling import num_samples
-from .attach import Attachment, isolation, positional_names
+from .attach import Attachment, isolation
 from .backend import CaptureBackend, CapturedGraph, SiteFinder
+from .counting import positional_names
 from .rewrite import Sampling
 from .sites import Site
 from .twin import copied, same_random_state, undisturbed
