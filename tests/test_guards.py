@@ -15,7 +15,6 @@ from torch._dynamo.utils import counters
 
 from fx_instrument import InstrumentationFramework, open_stream
 from fx_instrument.graph import guards
-from fx_instrument.graph.attach import isolation
 
 IDS = tokens(2, 5)
 
@@ -34,10 +33,6 @@ def graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-@pytest.mark.skipif(
-    not isolation(),
-    reason="torch 2.11 has no isolate_recompiles, both variants stand together: nothing is filtered",
-)
 def test_only_our_guards_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of both variants: of guards on our hooks only their switch is kept, and nothing dropped is another's."""
     seen: list[tuple[Sequence[Any], list[bool]]] = []

@@ -100,17 +100,11 @@ class Attachment:
         if any(site.name in ATTENTION_OPS for site in self.sites):
             # Dynamo runs a root's hooks as Python; inside a function of its own the root is no root.
             call = wrap_inline(call)
-        apart = isolation()
-        if apart:
-            # Where all models share their entries, every guard may be what tells two of them apart.
-            hook_ids = [handle.id for handle in self._handles]
-            guard_filter_fn = GuardFilter(
-                self.model, (self.marker, self._scope_marker), hook_ids, guard_filter_fn
-            )
-        filtered: dict[str, Any] = (
-            {"options": {"guard_filter_fn": guard_filter_fn}} if guard_filter_fn else {}
+        hook_ids = [handle.id for handle in self._handles]
+        keep = GuardFilter(self.model, (self.marker, self._scope_marker), hook_ids, guard_filter_fn)
+        compiled: Callable[..., Any] = torch.compile(
+            call, backend=backend, **options, **isolation(), options={"guard_filter_fn": keep}
         )
-        compiled: Callable[..., Any] = torch.compile(call, backend=backend, **options, **apart, **filtered)
         return compiled
 
     @property

@@ -26,9 +26,11 @@ class GuardFilter:
     """A ``guard_filter_fn`` for ``torch.compile`` that keeps all guards but those on one attachment's hooks.
 
     Only guards of frames that run the instrumented model itself are dropped. Behind graph breaks Dynamo shares the
-    frames of modules of one class, and there a guard on a hook or token tells a marked module from another. The
-    marker's switch stays guarded: where threads call compiled models at once, torch 2.13 looks into entries of another
-    model's or variant's (the region of ``isolate_recompiles`` is no thread's own): idle graphs would run in a block.
+    frames of modules of one class, and there a guard on a hook or token tells a marked module from another. Entries of
+    another attachment are not looked into, with ``isolate_recompiles`` or without: Dynamo compares backends first. The
+    marker's switch stays guarded: torch 2.11 keeps both variants together, and where threads call compiled models at
+    once, torch 2.13 looks into the other's too (the region of ``isolate_recompiles`` is no thread's own): idle graphs
+    would run in a block.
 
     Args:
         model: the instrumented model.
