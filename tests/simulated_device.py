@@ -86,7 +86,7 @@ class Device:
     def free(self, memory: torch.Tensor) -> None:
         self.freed.append(memory.nbytes)
 
-    def check(self, device: torch.device) -> None:
+    def check(self) -> None:
         pass
 
     def mark(self, device: torch.device) -> Event:

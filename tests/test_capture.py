@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fx_instrument import BufferTooSmallError, CaptureFailedError, open_stream
 from fx_instrument.capture.budget import HostBudget
@@ -288,7 +289,9 @@ def test_threads_have_steps_of_their_own() -> None:
         torch.ones(3, dtype=torch.bfloat16),
         torch.tensor([True, False]),
         torch.ones(2, dtype=torch.complex64),
+        torch.tensor([1 + 2j, 3 - 4j]).conj(),
         torch.ones(4, dtype=torch.float8_e4m3fn),
+        torch.nn.Parameter(torch.ones(5)),
     ],
 )
 def test_host_bytes_are_row_major(value: torch.Tensor) -> None:
@@ -296,7 +299,42 @@ def test_host_bytes_are_row_major(value: torch.Tensor) -> None:
     data = host_bytes(value)
     assert data.dtype == np.uint8 and data.ndim == 1 and len(data) == value.nbytes
     if value.numel():
-        assert data.tobytes() == bytes(value.contiguous().view(-1).view(torch.uint8).tolist())
+        whole = value.detach().resolve_conj().contiguous()
+        assert data.tobytes() == bytes(whole.view(-1).view(torch.uint8).tolist())
+
+
+def test_host_bytes_keep_their_memory() -> None:
+    """It lives as long as an array looks at it, and no longer."""
+    value = torch.ones(1000)
+    memory = StorageWeakRef(value.untyped_storage())
+    data = host_bytes(value)[:4]
+    del value
+    assert not memory.expired() and data.tobytes() == b"\0\0\x80\x3f"
+    del data
+    assert memory.expired()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.arange(12).view(3, 4).t(),
+        torch.tensor(5, dtype=torch.int32),
+        torch.empty(0, 3, dtype=torch.int16),
+        torch.tensor([True, False]),
+        torch.arange(5, dtype=torch.uint8).expand(2, 5),
+    ],
+)
+def test_inputs_are_copied_as_they_are(value: torch.Tensor) -> None:
+    """Row-major, with memory of their own: what the caller writes into them later is not seen."""
+    expected = value.clone(memory_format=torch.contiguous_format)
+    writer = HeldWriter()
+    capture = session(writer)
+    capture.begin_step({"x": value})
+    value.untyped_storage().fill_(0)
+    capture.end_step()
+    capture.close()
+    ((meta, kept),) = writer.rows
+    assert meta.shape == tuple(expected.shape) and kept == host_bytes(expected).tobytes()
 
 
 def test_a_wait_for_room_ends_in_time() -> None:

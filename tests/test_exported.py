@@ -29,9 +29,13 @@ from fx_instrument import (
 )
 from fx_instrument.sampling import positions
 
-# Named dimensions would keep torch 2.11 from exporting grouped-query attention: it derives
-# min(4 * tokens, 8 * tokens) == 4 * tokens there, and takes that for a violation of "tokens".
-SHAPES = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
+if torch.__version__.startswith("2.11."):
+    # Of named ones it derives min(4 * tokens, 8 * tokens) == 4 * tokens in grouped-query attention, and takes that for
+    # a violation of "tokens".
+    BATCH = TOKENS = torch.export.Dim.DYNAMIC
+else:
+    BATCH, TOKENS = torch.export.Dim("batch", min=2), torch.export.Dim("tokens", min=2)
+SHAPES = ({0: BATCH, 1: TOKENS},)
 SAMPLED = InstrumentationConfig(HookGranularity.SAMPLED_SLICES, hook_config=HookConfig(sampling_rate=0.05))
 
 

@@ -418,7 +418,7 @@ def test_blocks_strictly(tmp_path: Path, mode: str) -> None:
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_verify_says_what_capturing_changes(strict: bool) -> None:
-    """Of so small a model Inductor makes other kernels where a value is captured; strict, the outputs' bits stay."""
+    """Last bits of the outputs may change where a value is captured; strict, they stay."""
     model = make().cuda()
     framework = InstrumentationFramework(InstrumentationConfig(strict_numerics=strict))
     framework.instrument_model(model)

@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
 
 from fx_instrument.stream.frames import FRAME_HEAD
 
@@ -74,7 +75,7 @@ for _ in range(count):
     before = tracemalloc.get_traced_memory()[0]
     damage.read_everything(data)
     worst = max(worst, tracemalloc.get_traced_memory()[1] - before)
-print(worst, resident("VmHWM") - imported)
+print(worst, imported, resident("VmHWM"))
 """
 
 
@@ -89,9 +90,11 @@ def fuzz(folder: Path, seed: int, count: int, timeout_s: float) -> None:
         timeout=timeout_s,
     )
     assert done.returncode == 0, done.stderr
-    worst, grown = map(int, done.stdout.split())
+    worst, imported, resident = map(int, done.stdout.split())
     # A block of 4 MiB decoded, its planes, and the directory that its header may claim.
-    assert worst < 64 << 20 and grown < 180 << 20
+    assert worst < 64 << 20 and resident - imported < 90 << 20
+    # Importing a torch that is built for CUDA alone takes more.
+    assert resident < 400 << 20 or torch.version.cuda is not None
 
 
 def test_mutated_files_take_bounded_memory(tmp_path: Path) -> None:

@@ -264,7 +264,6 @@ import os, sys
 import numpy as np
 from stream_files import floats
 from fx_instrument.stream.records import RecordMeta
-from fx_instrument.stream.memory import plan_memory
 from fx_instrument.stream.writer import StreamWriter
 
 def done():

@@ -91,9 +91,10 @@ def main(
             run = measure.Decode(model, batch, steps, cache)
             entry: dict[str, Any] = {"variants": measure.settle(variants, run, say)}
             found["workloads"][run.name] = entry
-            for key, each in (("free", False), ("each", True)):
-                entry[key] = measure.rounds(variants, run, min(rounds, 5) if each else rounds, each=each)
-                show(f"{run.name}, host {'waits for each token' if each else 'runs ahead'}", entry[key], say)
+            for key, run.waits in (("free", False), ("each", True)):
+                entry[key] = measure.rounds(variants, run, min(rounds, 5) if run.waits else rounds)
+                how = "waits for each token" if run.waits else "runs ahead"
+                show(f"{run.name}, host {how}", entry[key], say)
                 keep()
             if cuda:
                 picture = output.with_name(f"{output.stem}-decode-{batch}.png")
@@ -127,7 +128,7 @@ def main(
             for title, variants in groups.items():
                 entry = {"variants": measure.settle(variants, run, say)}
                 found["workloads"][title] = entry
-                entry["free"] = measure.rounds(variants, run, rounds, each=False)
+                entry["free"] = measure.rounds(variants, run, rounds)
                 show(f"{title}, back to back", entry["free"], say)
                 if cuda:
                     kind = "prefill" if variants is whole else "prefill-layers"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..overhead.measure import interval
+from ..overhead.measure import in_turns, interval
 from .model import BASE, Variant
 
 GAP_NS = 20_000
@@ -26,7 +25,10 @@ def synchronize() -> None:
 
 
 class Decode:
-    """``steps`` decode steps of ``batch`` sequences with a static cache, greedy, each on its own token."""
+    """``steps`` decode steps of ``batch`` sequences with a static cache, greedy; a call gives the last logits."""
+
+    waits = False
+    """Whether the host waits for each token, as ``generate`` does."""
 
     def __init__(self, model: Any, batch: int, steps: int, cache_length: int) -> None:
         from transformers import StaticCache
@@ -40,15 +42,14 @@ class Decode:
         # The first call makes the cache's memory; in a CUDA graph it would be overwritten by the next.
         model(self._first, past_key_values=self._cache, position_ids=self._first * 0, use_cache=True)
 
-    def __call__(self, model: Any, *, each: bool = False) -> torch.Tensor:
-        """All steps, and the last logits; with ``each``, the host waits for every token, as ``generate`` does."""
+    def __call__(self, model: Any) -> torch.Tensor:
         cache, token = self._cache, self._first
         cache.reset()
         for step in range(self.steps):
             position = self._positions[step : step + 1].expand(token.shape[0], 1)
             logits = model(token, past_key_values=cache, position_ids=position, use_cache=True).logits
             token = logits[:, -1:].argmax(-1)
-            if each:
+            if self.waits:
                 token.tolist()
         last: torch.Tensor = logits
         return last
@@ -63,11 +64,9 @@ class Prefill:
         device = next(model.parameters()).device
         self._ids = torch.arange(length, device=device)[None] % 1000 + 5
 
-    def __call__(self, model: Any, *, each: bool = False) -> torch.Tensor:
+    def __call__(self, model: Any) -> torch.Tensor:
         for _ in range(self.steps):
             logits = model(self._ids, use_cache=False, logits_to_keep=1).logits
-            if each:
-                logits.argmax(-1).tolist()
         last: torch.Tensor = logits
         return last
 
@@ -92,31 +91,24 @@ def settle(variants: Sequence[Variant], run: Any, say: Callable[[str], None]) ->
     return found
 
 
-def rounds(variants: Sequence[Variant], run: Any, num_rounds: int, *, each: bool) -> dict[str, Any]:
+def rounds(variants: Sequence[Variant], run: Any, num_rounds: int) -> dict[str, Any]:
     """Every variant once a round, in turning order: medians and their intervals against the baseline's round."""
     device = torch.cuda.is_available()
     seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
     given: dict[str, list[float]] = {variant.name: [] for variant in variants}
-    memory: dict[str, int] = {}
-    gc.collect()
-    gc.disable()
-    try:
-        for number in range(num_rounds):
-            turn = number % len(variants)
-            for variant in (*variants[turn:], *variants[:turn]):
-                if device:
-                    torch.cuda.reset_peak_memory_stats()
-                with variant.running():
-                    synchronize()
-                    started = time.perf_counter()
-                    run(variant.model, each=each)
-                    given[variant.name].append(time.perf_counter() - started)
-                    synchronize()
-                    seconds[variant.name].append(time.perf_counter() - started)
-                if device:
-                    memory[variant.name] = torch.cuda.max_memory_allocated()
-    finally:
-        gc.enable()
+    memory = {variant.name: 0 for variant in variants}
+    for variant in in_turns(variants, num_rounds):
+        if device:
+            torch.cuda.reset_peak_memory_stats()
+        with variant.running():
+            synchronize()
+            started = time.perf_counter()
+            run(variant.model)
+            given[variant.name].append(time.perf_counter() - started)
+            synchronize()
+            seconds[variant.name].append(time.perf_counter() - started)
+        if device:
+            memory[variant.name] = max(memory[variant.name], torch.cuda.max_memory_allocated())
     base = np.array(seconds[BASE])
     found: dict[str, Any] = {}
     for variant in variants:

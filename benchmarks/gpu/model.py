@@ -111,7 +111,7 @@ def captured(
     own = duplicate(model)
     framework = InstrumentationFramework(InstrumentationConfig(max_memory_gb=memory_gb))
     framework.instrument_model(own, **options)
-    return [Variant(IDLE, own, contextlib.nullcontext), *_sinks(own, framework, memory_gb, folder, sinks)]
+    return [Variant(IDLE, own, contextlib.nullcontext), *_sinks(own, framework, folder, sinks)]
 
 
 def captured_layers(
@@ -122,11 +122,11 @@ def captured_layers(
     framework.instrument_model(own, backend=None)
     for layer in own.model.layers:
         call_through(layer, compile_alone(layer, backend=framework.backend("inductor")))
-    return _sinks(own, framework, memory_gb, folder, sinks)
+    return _sinks(own, framework, folder, sinks)
 
 
 def _sinks(
-    model: Any, framework: InstrumentationFramework, memory_gb: float, folder: Path, sinks: tuple[str, ...]
+    model: Any, framework: InstrumentationFramework, folder: Path, sinks: tuple[str, ...]
 ) -> list[Variant]:
     config = framework.config
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +17,7 @@ PAGE_BYTES = 4 << 20
 
 
 def best_of(times: int, call: Callable[[], object]) -> float:
-    seconds = []
-    for _ in range(times):
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    return min(timeit.repeat(call, number=1, repeat=times))
 
 
 def split_on_device(values: torch.Tensor) -> torch.Tensor:
@@ -34,7 +29,7 @@ def split_on_device(values: torch.Tensor) -> torch.Tensor:
 
 
 def compare(device: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """Seconds a GB on one thread of the host, and on the device."""
+    """Seconds a GB of normally distributed bfloat16 on one thread of the host, and on the device."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(PAGE_BYTES // 2, generator=generator).bfloat16()
     page = values.view(torch.uint8).numpy()

@@ -116,18 +116,23 @@ def rounds(
 ) -> dict[str, list[Sample]]:
     """Samples of each variant; sample ``k`` of all variants comes from round ``k``."""
     samples: dict[str, list[Sample]] = {variant.name: [] for variant in variants}
+    for variant in in_turns(variants, num_rounds):
+        samples[variant.name].append(clock(variant, bench, folder))
+        progress()
+    return samples
+
+
+def in_turns(variants: Sequence[Any], num_rounds: int) -> Iterator[Any]:
+    """Each variant once a round, in turning order; garbage is collected between rounds alone."""
     gc.collect()
     gc.disable()
     try:
         for number in range(num_rounds):
             turn = number % len(variants)
-            for variant in (*variants[turn:], *variants[:turn]):
-                samples[variant.name].append(clock(variant, bench, folder))
-                progress()
+            yield from (*variants[turn:], *variants[:turn])
             gc.collect()
     finally:
         gc.enable()
-    return samples
 
 
 def ratios(samples: dict[str, list[Sample]], name: str, what: str) -> Floats:

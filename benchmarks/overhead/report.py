@@ -205,13 +205,10 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("fx_instrument", "torch", "transformers", "numpy", "zstandard", "lz4"):
-        found[name] = metadata.version(name) if name != "fx_instrument" else _own()
-    return found
-
-
-def _own() -> str:
     from fx_instrument import __version__
 
-    return __version__
+    # Of torch the build too, as in 2.11.0+cu130, which the package's metadata may not say.
+    found = {"python": platform.python_version(), "fx_instrument": __version__, "torch": torch.__version__}
+    for name in ("transformers", "numpy", "zstandard", "lz4"):
+        found[name] = metadata.version(name)
+    return found

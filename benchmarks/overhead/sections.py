@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import pickle
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from fx_instrument import HookGranularity
 
 from . import costs, instructions, measure, models, peers, timeline, variants
 from .measure import clock
-from .table import Options, ignore, table
+from .table import Options, table
 from .variants import AGAIN, BASE, Setup, Variant
 from .workloads import KINDS, Bench, Workload
 
@@ -143,7 +142,6 @@ def others(options: Options) -> dict[str, Any]:
 
 def _alone(name: str, options: Options) -> dict[str, dict[str, Any]]:
     """What :func:`beside` gives in another process."""
-    silent = pickle.dumps(replace(options, say=ignore, keep=ignore))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.json")
         command = [
@@ -155,7 +153,7 @@ def _alone(name: str, options: Options) -> dict[str, dict[str, Any]]:
             str(path),
         ]
         try:
-            subprocess.run(command, input=silent, stdout=subprocess.DEVNULL, check=True)
+            subprocess.run(command, input=options.to_json(), text=True, stdout=subprocess.DEVNULL, check=True)
         except subprocess.CalledProcessError as error:
             return {name: {"error": f"its process ended with {error.returncode}"}}
         rows: dict[str, dict[str, Any]] = json.loads(path.read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
@@ -45,6 +46,17 @@ class Options:
     """Called with what is being done."""
     keep: Callable[[str, dict[str, Any]], None] = ignore
     """Called with a section that has more than before, so that a run that is cut off keeps it."""
+
+    def to_json(self) -> str:
+        """All but who is told."""
+        told = ("say", "keep")
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in told}
+        return json.dumps({**values, "dtype": str(self.dtype).removeprefix("torch.")})
+
+    @classmethod
+    def from_json(cls, text: str) -> Options:
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(text).items()}
+        return cls(**{**values, "dtype": getattr(torch, values["dtype"])})
 
 
 def table(

@@ -31,7 +31,7 @@ class CudaEngine:
     def free(self, memory: torch.Tensor) -> None:
         _PINNED.give_back(memory)
 
-    def check(self, device: torch.device) -> None:
+    def check(self) -> None:
         if torch.cuda.is_current_stream_capturing():
             raise CaptureFailedError(
                 "the model runs inside torch.cuda.graph of your own while a capture is open: its replays would pass "
@@ -47,11 +47,9 @@ class CudaEngine:
         copy_stream.wait_event(after)
         with torch.cuda.stream(copy_stream):
             host.copy_(value, non_blocking=True)
-            # Whoever waits for it sleeps: by default it would keep a core busy.
-            event: Any = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            event.record(copy_stream)
-        there: Event = event
-        return there
+        # Whoever waits for it sleeps: by default it would keep a core busy.
+        event: Event = copy_stream.record_event(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
+        return event
 
     def keep(self, value: torch.Tensor) -> torch.Tensor:
         return value.clone()

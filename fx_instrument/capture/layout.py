@@ -47,7 +47,7 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Plan:
+class RunLayout:
     """How the values of a graph's runs go to the host."""
 
     layouts: list[Layout]
@@ -56,14 +56,14 @@ class Plan:
     num_bytes: int
     largest_bytes: int
     """Of a value on a device."""
-    devices: list[torch.device]
-    gathered: dict[torch.device, tuple[list[int], list[int]]]
-    """Device -> which layouts are gathered there, and where each of their values begins."""
+    starts: dict[torch.device, list[int]]
+    """Device -> where each of its values begins if they are gathered there."""
     begins: list[int]
     """Where each layout begins on its device."""
 
 
-def make_plan(values: Sequence[torch.Tensor], overwritten: bool, capacity_bytes: int) -> Plan:
+def lay_out(values: Sequence[torch.Tensor], overwritten: bool, capacity_bytes: int) -> RunLayout:
+    """The layouts of ``values``, as ``PinnedTransfer.start`` takes them, on a ring of ``capacity_bytes``."""
     sizes = [value.nbytes for value in values if value.device.type != "cpu"]
     gathers = overwritten or (len(values) > 1 and sum(sizes) <= _SMALL_BYTES * len(sizes))
     limit = min(_PIECE_BYTES, capacity_bytes // 4) if gathers else 0
@@ -75,20 +75,18 @@ def make_plan(values: Sequence[torch.Tensor], overwritten: bool, capacity_bytes:
             last = Layout(device, index)
             layouts.append(last)
         last.add(value)
-    gathered: dict[torch.device, tuple[list[int], list[int]]] = {}
+    starts: dict[torch.device, list[int]] = {}
     ends: dict[torch.device, int] = {}
     begins = []
-    for index, layout in enumerate(layouts):
+    for layout in layouts:
         begin = 0
         if layout.device is not None:
             begin = _aligned(ends.get(layout.device, 0))
             ends[layout.device] = begin + layout.num_bytes
-            which, starts = gathered.setdefault(layout.device, ([], []))
-            which.append(index)
-            starts += [begin + start for start in layout.starts]
+            starts.setdefault(layout.device, []).extend(begin + start for start in layout.starts)
         begins.append(begin)
     num_bytes = sum(layout.num_bytes for layout in layouts)
-    return Plan(layouts, gathers, num_bytes, max(sizes, default=0), list(gathered), gathered, begins)
+    return RunLayout(layouts, gathers, num_bytes, max(sizes, default=0), starts, begins)
 
 
 def _aligned(num_bytes: int, alignment: int = ALIGNMENT) -> int:

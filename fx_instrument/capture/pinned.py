@@ -26,12 +26,12 @@ from typing import Any, Protocol, TypeAlias
 import torch
 
 from ..errors import BufferTooSmallError
-from .layout import Layout, Plan, make_plan
+from .layout import Layout, RunLayout, lay_out
 from .ring import ALIGNMENT, Ring, Span
 
 _MAX_WAITING = 1
 """Graph runs with values that still wait for room when the next one begins: with it, device memory holds two."""
-_MAX_PLANS = 256
+_MAX_LAYOUTS = 256
 
 Place: TypeAlias = "tuple[torch.device, int]"
 """Where values are gathered: a device, and the number of bits of their size."""
@@ -53,7 +53,7 @@ class CopyEngine(Protocol):
     def free(self, memory: torch.Tensor) -> None:
         """Take back what ``allocate`` gave."""
 
-    def check(self, device: torch.device) -> None:
+    def check(self) -> None:
         """Raise if what this thread's stream is told now runs later, or more than once."""
 
     def mark(self, device: torch.device) -> Event:
@@ -98,29 +98,27 @@ class PinnedTransfer:
         self._engine = engine
         self._memory: torch.Tensor | None = None
         self._waiting: deque[Landing] = deque()
-        self._plans: dict[Any, Plan] = {}
+        self._layouts: dict[Any, RunLayout] = {}
         self._gathered: dict[Place, Event] = {}
         """When what was gathered there last has left."""
         self._changed = threading.Condition(self.order)
         self._open = True
 
-    def admit(
-        self, device: torch.device, num_bytes: int, *, wait: bool, timeout_s: float | None = None
-    ) -> bool:
+    def admit(self, num_bytes: int, *, wait: bool, timeout_s: float | None = None) -> bool:
         """Before a graph runs: True once its values may be started, False if they are to be dropped.
 
         Values of a quarter of the ring, or less, are let in once the ring has room for them, so that they never wait on
         the device, piece by piece: the ring holds those of three runs before, whose work the device goes on with.
 
         Args:
-            device: where it runs.
             num_bytes: of its values; 0 if unknown, or nothing to speak of.
             wait: let the host wait while earlier values wait for room in the ring, at most ``timeout_s`` seconds.
         """
-        self._engine.check(device)
-        needed = (
-            num_bytes + num_bytes // 64 + ALIGNMENT if 0 < num_bytes <= self.ring.capacity_bytes // 4 else 0
-        )
+        self._engine.check()
+        needed = 0
+        if 0 < num_bytes <= self.ring.capacity_bytes // 4:
+            # What lies between values and pieces is not known yet.
+            needed = num_bytes + num_bytes // 64 + ALIGNMENT
         with self._changed:
             if self._open and self._is_free() and (not needed or self.ring.has_room(needed)):
                 return True
@@ -153,15 +151,15 @@ class PinnedTransfer:
         Raises:
             BufferTooSmallError: a value alone is larger than the ring; nothing was begun.
         """
-        plan = self._plan(values, overwritten)
-        if plan.largest_bytes > self.ring.capacity_bytes:
+        layout = self._layout(values, overwritten)
+        if layout.largest_bytes > self.ring.capacity_bytes:
             raise BufferTooSmallError(
-                f"a captured tensor of {plan.largest_bytes} bytes is larger than the pinned buffer of "
+                f"a captured tensor of {layout.largest_bytes} bytes is larger than the pinned buffer of "
                 f"{self.ring.capacity_bytes} bytes; raise max_memory_gb, or capture fewer sites or samples"
             )
         if self._memory is None:
             self._memory = self._engine.allocate(self.ring.capacity_bytes)
-        landing = Landing(self, plan, values)
+        landing = Landing(self, layout, values)
         with self._changed:
             try:
                 self._begin(landing, overwritten)
@@ -172,28 +170,27 @@ class PinnedTransfer:
         return landing
 
     def _begin(self, landing: Landing, overwritten: bool) -> None:
-        if not self._waiting:
-            self._place(landing)
-        if landing.plan.gathers:
-            self._gather(landing)
+        placed = [] if self._waiting else self._place(landing)
+        if landing.layout.gathers:
+            self._gather(landing.layout, placed)
         if overwritten:
-            for piece in landing.pieces[landing.num_placed :]:
+            for piece in landing.pieces[landing.num_started :]:
                 if piece.layout.device is not None:
                     piece.sources = [self._engine.keep(value) for value in piece.sources]
-        landing.marks = {device: self._engine.mark(device) for device in landing.plan.devices}
-        self._copy_what_is_placed(landing)
+        landing.marks = {device: self._engine.mark(device) for device in landing.layout.starts}
+        self._copy(landing, placed)
         if not landing.is_started:
             self._waiting.append(landing)
 
-    def _plan(self, values: Sequence[torch.Tensor], overwritten: bool) -> Plan:
+    def _layout(self, values: Sequence[torch.Tensor], overwritten: bool) -> RunLayout:
         """Runs of one graph differ in their values alone, so it is made once for each."""
         key = (overwritten, *((value.dtype, value.shape, value.device) for value in values))
-        plan = self._plans.get(key)
-        if plan is None:
-            if len(self._plans) >= _MAX_PLANS:
-                self._plans.clear()
-            plan = self._plans[key] = make_plan(values, overwritten, self.ring.capacity_bytes)
-        return plan
+        layout = self._layouts.get(key)
+        if layout is None:
+            if len(self._layouts) >= _MAX_LAYOUTS:
+                self._layouts.clear()
+            layout = self._layouts[key] = lay_out(values, overwritten, self.ring.capacity_bytes)
+        return layout
 
     def shut(self) -> None:
         """Let nothing wait any more: what would make room has failed."""
@@ -216,8 +213,7 @@ class PinnedTransfer:
         with self._changed:
             while self._waiting:
                 landing = self._waiting[0]
-                self._place(landing)
-                self._copy_what_is_placed(landing)
+                self._copy(landing, self._place(landing))
                 if not landing.is_started:
                     return
                 self._waiting.popleft()
@@ -234,28 +230,26 @@ class PinnedTransfer:
         assert self._memory is not None, "a span was taken before the memory was there"
         return self._memory[span.start : span.start + span.num_bytes]
 
-    def _place(self, landing: Landing) -> None:
-        """A place in the ring for as many pieces as have one."""
-        while landing.num_placed < len(landing.pieces):
-            piece = landing.pieces[landing.num_placed]
+    def _place(self, landing: Landing) -> list[_Piece]:
+        """The next pieces, each with a place in the ring, as many as have one."""
+        placed = []
+        for piece in landing.pieces[landing.num_started :]:
             if piece.layout.device is not None:
                 piece.span = self.ring.take(piece.layout.num_bytes)
                 if piece.span is None:
-                    return
-            landing.num_placed += 1
+                    break
+            placed.append(piece)
+        landing.num_started += len(placed)
+        return placed
 
-    def _gather(self, landing: Landing) -> None:
+    def _gather(self, layout: RunLayout, placed: Sequence[_Piece]) -> None:
         """Bring the values that have a place in the ring together, on each device."""
-        for device in landing.plan.devices:
-            which, starts = landing.plan.gathered[device]
-            if which[-1] >= landing.num_placed:
-                which = [index for index in which if index < landing.num_placed]
-            if not which:
+        for device, starts in layout.starts.items():
+            pieces = [piece for piece in placed if piece.layout.device == device]
+            if not pieces:
                 continue
-            pieces = [landing.pieces[index] for index in which]
             sources = [value for piece in pieces for value in piece.sources]
-            last = pieces[-1]
-            end = last.begin + last.layout.num_bytes
+            end = pieces[-1].begin + pieces[-1].layout.num_bytes
             # Runs of very different sizes, as a step's inputs and values, don't wait for each other.
             place = device, end.bit_length()
             if len(sources) < len(starts):
@@ -265,19 +259,19 @@ class PinnedTransfer:
                 piece.sources = [memory[piece.begin : piece.begin + piece.layout.num_bytes]]
                 piece.gathered = place
 
-    def _copy_what_is_placed(self, landing: Landing) -> None:
-        for piece in landing.pieces[landing.num_started : landing.num_placed]:
+    def _copy(self, landing: Landing, placed: Sequence[_Piece]) -> None:
+        for piece in placed:
             layout = piece.layout
-            if piece.span is not None and layout.num_bytes:
-                assert layout.device is not None
-                host = self.view(piece.span)
-                targets = [host] if piece.gathered else layout.values(host)
-                for target, value in zip(targets, piece.sources, strict=True):
-                    if value.numel():
-                        piece.event = self._engine.copy(target, value, landing.marks[layout.device])
-                if piece.gathered is not None and piece.event is not None:
-                    self._gathered[piece.gathered] = piece.event
-            landing.num_started += 1
+            if piece.span is None or not layout.num_bytes:
+                continue
+            assert layout.device is not None, "only what a device has takes room in the ring"
+            host = self.view(piece.span)
+            targets = [host] if piece.gathered else layout.values(host)
+            for target, value in zip(targets, piece.sources, strict=True):
+                if value.numel():
+                    piece.event = self._engine.copy(target, value, landing.marks[layout.device])
+            if piece.gathered is not None and piece.event is not None:
+                self._gathered[piece.gathered] = piece.event
 
 
 @dataclass(slots=True)
@@ -289,7 +283,7 @@ class _Piece:
     """Where they are gathered, if they are."""
     sources: list[torch.Tensor]
     """What is copied: the values, or the memory in which they were gathered. Empty once they are on the host."""
-    gathered: tuple[torch.device, int] | None = None
+    gathered: Place | None = None
     span: Span | None = None
     event: Event | None = None
 
@@ -318,22 +312,21 @@ class Arrival:
 class Landing:
     """The values of one graph run on their way to the host; holds them on the device until they are there."""
 
-    __slots__ = ("_transfer", "marks", "num_placed", "num_started", "pieces", "plan")
+    __slots__ = ("_transfer", "layout", "marks", "num_started", "pieces")
 
-    def __init__(self, transfer: PinnedTransfer, plan: Plan, values: Sequence[torch.Tensor]) -> None:
+    def __init__(self, transfer: PinnedTransfer, layout: RunLayout, values: Sequence[torch.Tensor]) -> None:
         self._transfer = transfer
-        self.plan = plan
+        self.layout = layout
         self.pieces = [
-            _Piece(layout, begin, list(values[layout.first : layout.first + len(layout.starts)]))
-            for layout, begin in zip(plan.layouts, plan.begins, strict=True)
+            _Piece(part, begin, list(values[part.first : part.first + len(part.starts)]))
+            for part, begin in zip(layout.layouts, layout.begins, strict=True)
         ]
         self.marks: dict[torch.device, Event] = {}
-        self.num_placed = 0
         self.num_started = 0
 
     @property
     def num_bytes(self) -> int:
-        return self.plan.num_bytes
+        return self.layout.num_bytes
 
     @property
     def is_started(self) -> bool:
@@ -378,7 +371,7 @@ class Landing:
             if piece.span is not None:
                 self._transfer.ring.release(piece.span)
         self.pieces = []
-        self.num_placed = self.num_started = 0
+        self.num_started = 0
 
 
 class Room:

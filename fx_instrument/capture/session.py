@@ -156,12 +156,12 @@ class Session:
         self, device: torch.device, device_bytes: int, total: int, *, overwritten: bool
     ) -> _Ticket:
         """Room for what a graph leaves on ``device``: in the budget for ``total`` bytes, in the ring piece by piece."""
-        admitted = self._transfer.admit(device, device_bytes, wait=False)
+        admitted = self._transfer.admit(device_bytes, wait=False)
         if not admitted:
             self._handover.seal()
             if not self._drop:
                 timeout_s = self._patience() if self._patience is not None else None
-                admitted = self._transfer.admit(device, device_bytes, wait=True, timeout_s=timeout_s)
+                admitted = self._transfer.admit(device_bytes, wait=True, timeout_s=timeout_s)
         if not admitted or not self._acquire(total):
             return _Ticket(0, dropped=True)
         return _Ticket(total, dropped=False, device=device, overwritten=overwritten)

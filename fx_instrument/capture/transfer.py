@@ -41,11 +41,9 @@ class Transfer:
         """Whether a thread that runs the model waits for room."""
         return self._pinned is not None and self._pinned.num_waiting > 0
 
-    def admit(
-        self, device: torch.device, num_bytes: int, *, wait: bool, timeout_s: float | None = None
-    ) -> bool:
-        """Before a graph runs on ``device``: as ``PinnedTransfer.admit``."""
-        return self._through_pinned().admit(device, num_bytes, wait=wait, timeout_s=timeout_s)
+    def admit(self, num_bytes: int, *, wait: bool, timeout_s: float | None = None) -> bool:
+        """Before a graph runs on a device: as ``PinnedTransfer.admit``."""
+        return self._through_pinned().admit(num_bytes, wait=wait, timeout_s=timeout_s)
 
     def in_order(self, device: torch.device | None) -> AbstractContextManager[Any]:
         """Held around ``start`` and the hand-over of what it answers."""
@@ -103,7 +101,7 @@ def device_of(values: Sequence[torch.Tensor]) -> torch.device | None:
 
 def host_bytes(value: torch.Tensor) -> npt.NDArray[np.uint8]:
     """The bytes of a host tensor in row-major order, 1-D; a view that keeps the tensor's memory alive."""
-    flat = value.detach().contiguous().view(-1)
+    flat = value.detach().resolve_conj().contiguous().view(-1)
     if flat.numel() == 0:
         return np.zeros(0, np.uint8)
     array: npt.NDArray[np.uint8] = flat.view(torch.uint8).numpy()

@@ -18,12 +18,7 @@ from .backend import SiteFinder
 from .counting import BeginStep, CountedCall, EndStep, positional_names
 from .gate import Gate
 from .guards import GuardFilter, GuardFilterFn
-from .marker import (
-    Marker,
-    Sink,
-    give_token,
-    take_token,
-)
+from .marker import Marker, Sink, give_token, take_token
 from .ops import ATTENTION_OPS, op_of
 from .scope import ScopeMarker
 from .sites import Site, find_siblings

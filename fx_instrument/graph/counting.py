@@ -45,9 +45,9 @@ class CountedCall:
         marker: Marker,
         gate: Gate,
         input_names: Sequence[str],
-        eager: Callable[..., Any] | None = None,
+        eager: Callable[..., Any] | None,
         *,
-        mixes_threads: bool = False,
+        mixes_threads: bool,
     ) -> None:
         self._eager = eager
         self._mixes_threads = mixes_threads
@@ -74,7 +74,7 @@ class CountedCall:
             if gate.switching:
                 gate.wait(turn)
             eager = self._eager
-            if eager is not None and not makes_cache(kwargs):
+            if eager is not None and not makes_cache(args, kwargs):
                 eager = None
             if self._marker.sink is None:
                 return (eager or self._idle)(*args, **kwargs)
@@ -115,11 +115,11 @@ class CountedCall:
             sink.end_step()
 
 
-def makes_cache(kwargs: Mapping[str, Any]) -> bool:
+def makes_cache(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call makes the memory of a static cache that it is given, as transformers' do in their first call."""
     return any(
         getattr(value, "is_compileable", False) and not getattr(value, "is_initialized", True)
-        for value in kwargs.values()
+        for value in (*args, *kwargs.values())
     )
 
 

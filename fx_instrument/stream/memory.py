@@ -15,7 +15,7 @@ MIN_PAGE_BYTES = 16 << 10
 WORKER_FIXED_BYTES = 3 << 19
 """Of a worker: its two zstd contexts (1 MiB), a directory."""
 WORKER_BYTES_PER_S = 0.8e9
-"""What a worker takes in at least, compressing best: 0.8 to 1.0 GB/s on the processors that were measured."""
+"""About what a worker takes in, compressing best, on the slowest processor that was measured."""
 _USUAL_WORKERS = 4
 WORKER_PAGES = 5
 """What a worker holds at most in pages: stacked, gathered, planes, compressed planes and the room zstd asks for."""
