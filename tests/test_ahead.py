@@ -16,7 +16,8 @@ def test_records_larger_than_a_page_are_decoded_side_by_side() -> None:
     together = threading.Barrier(2, timeout=30)
 
     def run(job: int) -> int:
-        together.wait()
+        if job < 2:
+            together.wait()
         return job
 
     done = [*done_ahead(range(8), run, lambda job: PREFILL_RECORD_BYTES, 2)]
@@ -38,15 +39,31 @@ def test_results_that_no_one_takes_are_bounded() -> None:
     assert [job for job, _ in jobs] == [1, 2, 3, 4]
 
 
-def test_an_error_comes_where_its_job_does() -> None:
-    """What was done before it is given out first."""
+def test_the_callers_thread_works_too() -> None:
+    """No more threads run than were asked for, the caller's among them."""
+    seen: set[int] = set()
+    together = threading.Barrier(3, timeout=30)
 
     def run(job: int) -> int:
-        if job == 2:
-            raise ValueError("the third")
+        seen.add(threading.get_ident())
+        if job < 3:
+            together.wait()
         return job
 
-    jobs = done_ahead(range(4), run, lambda job: 1, 2)
-    assert [next(jobs), next(jobs)] == [(0, 0), (1, 1)]
-    with pytest.raises(ValueError, match="the third"):
-        next(jobs)
+    assert [job for job, _ in done_ahead(range(9), run, lambda job: 1, 3)] == [*range(9)]
+    assert len(seen) == 3 and threading.get_ident() in seen
+
+
+def test_an_error_comes_where_its_job_does() -> None:
+    """What was done before it is given out first; whichever thread met the error."""
+    for num_threads in (1, 2, 3):
+
+        def run(job: int) -> int:
+            if job == 2:
+                raise ValueError("the third")
+            return job
+
+        jobs = done_ahead(range(4), run, lambda job: 1, num_threads)
+        assert [next(jobs), next(jobs)] == [(0, 0), (1, 1)]
+        with pytest.raises(ValueError, match="the third"):
+            next(jobs)

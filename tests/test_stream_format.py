@@ -21,7 +21,7 @@ from fx_instrument.stream import writer as writer_module
 from fx_instrument.stream.blocks import BLOCK_FIXED_BYTES, BlockHeader
 from fx_instrument.stream.codec import PageEncoder, decode_page
 from fx_instrument.stream.frames import BLOCK, CODEC_CODES, FRAME_HEAD, PROLOG, read_frame
-from fx_instrument.stream.payload import build_payload, stored_zstd_blocks
+from fx_instrument.stream.payload import RawFrame, build_payload, stored_zstd_blocks
 from fx_instrument.stream.reader import StreamReader
 from fx_instrument.stream.records import DTYPES
 from fx_instrument.stream.segments import empty_frame_at, parse_block
@@ -111,12 +111,17 @@ def test_signed_planes_are_as_documented(values: type[np.unsignedinteger[Any]]) 
 
 
 @pytest.mark.parametrize("code", sorted(second_reader.WIDTHS))
-def test_every_filter_is_undone(code: int) -> None:
+@pytest.mark.parametrize("num_bytes", [8 * 33_001, 8 * 330_001])
+def test_every_filter_is_undone(code: int, num_bytes: int) -> None:
     """By the library and by the reader written from the document, those too that this version does not write."""
-    page = np.frombuffer(np.random.default_rng(code).bytes(8 * 33_001), np.uint8)
+    page = np.frombuffer(np.random.default_rng(code).bytes(num_bytes), np.uint8)
     planes = filters.Planes().split(code, [page], np.empty(len(page) + 64, np.uint8))
-    joined = np.zeros_like(page)
-    filters.Planes().join(code, planes, joined)
+    for how in (filters.Planes(), filters.Planes(filters.AT_ONCE_BYTES)):
+        again = how.split(code, [page], np.empty(len(page) + 64, np.uint8))
+        assert [plane.tobytes() for plane in again] == [plane.tobytes() for plane in planes]
+        joined = np.zeros_like(page)
+        how.join(code, planes, joined)
+        assert np.array_equal(joined, page)
     assert np.array_equal(joined, page)
     assert second_reader.join(code, len(page), [plane.tobytes() for plane in planes]) == page.tobytes()
 
@@ -138,6 +143,22 @@ def test_planes_are_joined_where_they_are_stored(code: int, shift: int, count: i
     joined = np.zeros_like(page)
     filters.Planes().join(code, stored, joined)
     assert np.array_equal(joined, page)
+
+
+@pytest.mark.parametrize("code", [code for code in second_reader.WIDTHS if code >= filters.SIGNED16])
+@pytest.mark.parametrize("count", [0, 1, 131_071, 131_072, 140_000, 524_289, 1_000_001])
+def test_a_frame_made_before_its_plane_is_the_frame_around_it(code: int, count: int) -> None:
+    """Byte for byte, whatever is split in one go."""
+    page_bytes = count * sum(second_reader.WIDTHS[code])
+    page = np.frombuffer(np.random.default_rng(count).bytes(page_bytes), np.uint8)
+    planes = filters.Planes().split(code, [page], np.empty(page_bytes, np.uint8))
+    due = build_payload("zstd", code, [[plane] for plane in planes])
+    for how in (filters.Planes(), filters.Planes(filters.AT_ONCE_BYTES)):
+        found = how.split_framed(code, [page], np.empty(filters.split_bytes(page_bytes), np.uint8))
+        assert isinstance(found[1], RawFrame)
+        payload = build_payload("zstd", code, [p if isinstance(p, RawFrame) else [p] for p in found])
+        assert b"".join(map(bytes, payload.pieces)) == b"".join(map(bytes, due.pieces))
+        assert payload.payload_crc == due.payload_crc and payload.plane_bytes == due.plane_bytes
 
 
 def test_a_file_of_the_version_before_is_gone_on_with(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from .payload import (
     LZ4_FRAME_MAGIC,
     EncodedPage,
     Plane,
+    RawFrame,
     build_payload,
     stored_zstd_blocks,
     stored_zstd_bytes,
@@ -73,16 +74,22 @@ class PageEncoder:
     """Compresses pages of one codec; one for each thread.
 
     A ZstdCompressor shared by threads corrupts its output silently (20 of 80 pages in a trial). ``choices`` may be
-    shared.
+    shared. ``at_once_bytes`` is as for ``Planes``.
     """
 
-    def __init__(self, codec: str, page_bytes: int, choices: Choices | None = None) -> None:
+    def __init__(
+        self,
+        codec: str,
+        page_bytes: int,
+        choices: Choices | None = None,
+        at_once_bytes: int = filters.AT_ONCE_BYTES,
+    ) -> None:
         self.codec = codec
         self._family = "zstd" if codec == "zstd" else "lz4"
         self._choices = Choices() if choices is None else choices
         self._gathered = np.empty(page_bytes if codec != "none" else 0, np.uint8)
-        self._scratch = np.empty(page_bytes + 64 if codec != "none" else 0, np.uint8)
-        self._planes = filters.Planes(page_bytes)
+        self._scratch = np.empty(filters.split_bytes(page_bytes) if codec != "none" else 0, np.uint8)
+        self._planes = filters.Planes(min(page_bytes, at_once_bytes))
         self._huffman = zstandard.ZstdCompressor(compression_params=_HUFFMAN_ONLY)
         self._zstd1 = zstandard.ZstdCompressor(level=1)
         self.typical = False
@@ -139,18 +146,20 @@ class PageEncoder:
         return (COMPRESSED, data) if len(data) < len(raw) else (STORED, raw)
 
     def _packed(self, filter_code: int, buffers: Sequence[U8]) -> EncodedPage:
-        planes = self._planes.split(filter_code, buffers, self._scratch)
-        return build_payload(self._family, filter_code, [[plane] for plane in planes])
+        return build_payload(self._family, filter_code, [*map(_stored, self._split(filter_code, buffers))])
 
-    def _split(self, filter_code: int, buffers: Sequence[U8]) -> list[U8]:
+    def _split(self, filter_code: int, buffers: Sequence[U8]) -> list[U8 | RawFrame]:
         if filter_code == filters.PLAIN:
             return [filters.gather(buffers, self._gathered)]
-        return self._planes.split(filter_code, buffers, self._scratch)
+        if self._family == "zstd":
+            return self._planes.split_framed(filter_code, buffers, self._scratch)
+        return [*self._planes.split(filter_code, buffers, self._scratch)]
 
     def _zstd(self, buffers: Sequence[U8], dtype: str, choice: Choice) -> EncodedPage:
         """Huffman-only or zstd-1 for the plane of exponents; the others where a sample says that it pays."""
         filter_code = filters.split_filter(dtype)
         first, *others = self._split(filter_code, buffers)
+        assert not isinstance(first, RawFrame)
         planes: list[Plane] = []
         if choice.probe:
             sample = _middle([first], _PROBE_BYTES)
@@ -160,9 +169,7 @@ class PageEncoder:
             choice.learnt("zstd1" if rest + zstd1 < _MATCHES_WORTH * (rest + huffman) else "huffman")
         compressor = self._zstd1 if choice.method == "zstd1" else self._huffman
         planes.append(_if_smaller(compressor.compress(first.data), first))
-        for plane in others:
-            compress = self._zstd1.compress
-            planes.append(_if_smaller(compress(plane.data), plane) if _pays(compress, plane) else [plane])
+        planes += [_compressed(self._zstd1.compress, plane) for plane in others]
         return build_payload("zstd", filter_code, planes)
 
     def _lz4(self, buffers: Sequence[U8], dtype: str, choice: Choice) -> EncodedPage:
@@ -184,12 +191,9 @@ class PageEncoder:
         return self._lz4(buffers, dtype, choice)
 
     def _lz4_planes(self, filter_code: int, buffers: Sequence[U8]) -> EncodedPage:
-        planes: list[Plane] = []
-        for number, plane in enumerate(self._split(filter_code, buffers)):
-            if (number == 0 and len(plane)) or _pays(_lz4_compress, plane):
-                planes.append(_if_smaller(_lz4_compress(plane.data), plane))
-            else:
-                planes.append([plane])
+        first, *others = self._split(filter_code, buffers)
+        planes = [_compressed(_lz4_compress, first, sure=len(first) > 0)]
+        planes += [_compressed(_lz4_compress, plane) for plane in others]
         return build_payload("lz4", filter_code, planes)
 
 
@@ -214,13 +218,31 @@ def _if_smaller(data: bytes, plane: U8) -> Plane:
     return data if len(data) < _WORTH * len(plane) else [plane]
 
 
-def _pays(compress: Any, plane: U8) -> bool:
+def _stored(plane: U8 | RawFrame) -> Plane:
+    return plane if isinstance(plane, RawFrame) else [plane]
+
+
+def _compressed(compress: Any, plane: U8 | RawFrame, *, sure: bool = False) -> Plane:
+    """A plane compressed where that is ``sure`` to be worth a try, or a sample of it says so, and made it smaller."""
+    if not (sure or _pays(compress, plane)):
+        return _stored(plane)
+    content = filters.joined(plane.blocks) if isinstance(plane, RawFrame) else plane
+    return _if_smaller(compress(content.data), content)
+
+
+def _pays(compress: Any, plane: U8 | RawFrame) -> bool:
     """Whether compressing a plane is worth a try, by a sample of it: 16 KiB, 1 % of the time of a page."""
-    stride = len(plane) // _SAMPLE_SLICES
-    if stride <= _SAMPLE_SLICE_BYTES:
-        return len(plane) > 0
-    slices = plane[: stride * _SAMPLE_SLICES].reshape(_SAMPLE_SLICES, stride)[:, :_SAMPLE_SLICE_BYTES]
-    sample = np.ascontiguousarray(slices)
+    if isinstance(plane, RawFrame):
+        slices = plane.blocks[0]
+        if len(slices) < _SAMPLE_SLICES:
+            return _pays(compress, filters.joined(plane.blocks))
+        slices = slices[:: len(slices) // _SAMPLE_SLICES]
+    else:
+        stride = len(plane) // _SAMPLE_SLICES
+        if stride <= _SAMPLE_SLICE_BYTES:
+            return len(plane) > 0
+        slices = plane[: stride * _SAMPLE_SLICES].reshape(_SAMPLE_SLICES, stride)
+    sample = np.ascontiguousarray(slices[:_SAMPLE_SLICES, :_SAMPLE_SLICE_BYTES])
     return len(compress(sample.reshape(-1).data)) < 0.98 * sample.size
 
 

@@ -9,7 +9,7 @@ the GIL.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,16 @@ import numpy.typing as npt
 from ..errors import CorruptStreamError, UnsupportedStreamError
 from .blocks import MAX_PAGE_BYTES
 from .packing import Packer, unpack
-from .payload import RAW_BLOCK_BYTES
+from .payload import RAW_BLOCK_BYTES, RawFrame, raw_frame_bytes
 from .quantise import join_codes, restore
 
 U8 = npt.NDArray[np.uint8]
 Plane: TypeAlias = "U8 | tuple[U8, U8]"
-"""One array, or rows of ``RAW_BLOCK_BYTES`` and what comes after them."""
+"""One array, or one in blocks: rows of ``RAW_BLOCK_BYTES`` and what comes after them."""
+
+Place: TypeAlias = "tuple[Plane, int]"
+"""A value of a plane, from which on values are written or read."""
+Values: TypeAlias = "npt.NDArray[np.unsignedinteger[Any]]"
 
 PLAIN = 0
 """One plane: the page as it is."""
@@ -75,9 +79,7 @@ _SIGNED = (SIGNED16, SIGNED32, PACKED_SIGNED16, PACKED_SIGNED32)
 _SIGN_AND_MANTISSA = np.uint16(0x807F)
 """Of a bfloat16, and of the upper half of a float32."""
 AT_ONCE_BYTES = 8 * RAW_BLOCK_BYTES
-"""So many bytes of a page are split or joined in one go. Each NumPy call lets go of the interpreter's lock and asks for
-it again, and threads that ask at once wait for each other (docs/performance.md), so calls are few and large, and cast
-on their way."""
+"""So many bytes of a page are split in one go by a thread that is alone: what it works on stays in its core's cache."""
 
 _SPLIT_OF = {
     "bfloat16": SIGNED16,
@@ -123,15 +125,18 @@ def plane_sizes(filter_code: int, raw_bytes: int) -> tuple[int | None, ...]:
 class Planes:
     """Splits pages into planes, and joins them, in scratch memory that it keeps: one for each thread.
 
+    Each NumPy call lets go of the interpreter's lock and asks for it again, and threads that ask at once wait for each
+    other (docs/performance.md), so calls are few and large, and cast on their way.
+
     Args:
-        page_bytes: the largest page.
+        at_once_bytes: so much of a page is split or joined in one go: ``AT_ONCE_BYTES``, or at least the largest page.
     """
 
-    def __init__(self, page_bytes: int = MAX_PAGE_BYTES) -> None:
-        at_once = min(AT_ONCE_BYTES, -(-page_bytes // 8) * 8)
+    def __init__(self, at_once_bytes: int = MAX_PAGE_BYTES) -> None:
+        at_once = -(-at_once_bytes // 8) * 8
         self._scratch = np.empty(at_once, np.uint8)
         self._half = np.empty(at_once // 2, np.uint8)
-        """Exponents that are to be packed; what is copied to be aligned or in one piece, to be joined."""
+        """Exponents that are to be packed."""
         self._packing = np.empty(at_once // 2 * 2, np.uint8)
 
     def split(self, filter_code: int, buffers: Sequence[U8], scratch: U8) -> list[U8]:
@@ -139,62 +144,73 @@ class Planes:
 
         They lie in ``scratch``, which has room for the page.
         """
+        return cast("list[U8]", self._split(filter_code, buffers, scratch, False))
+
+    def split_framed(self, filter_code: int, buffers: Sequence[U8], scratch: U8) -> list[U8 | RawFrame]:
+        """As ``split``, in room for ``split_bytes``; signs and mantissas come in the zstd frame that stores them.
+
+        They hardly ever compress, and in one piece with their frame they are summed and written in one go.
+        """
+        return self._split(filter_code, buffers, scratch, True)
+
+    def _split(
+        self, filter_code: int, buffers: Sequence[U8], scratch: U8, framed: bool
+    ) -> list[U8 | RawFrame]:
         widths = _WIDTHS[filter_code]
         element = np.dtype(f"<u{sum(widths)}")
-        total = sum(map(len, buffers))
-        packed = filter_code in _PACKED
-        planes, start = [], 0
-        for size in plane_sizes(filter_code, total):
-            if size is not None:
+        planes: list[U8 | RawFrame] = []
+        start = 0
+        for number, size in enumerate(plane_sizes(filter_code, sum(map(len, buffers)))):
+            if size is None:
+                continue
+            if framed and number == 1 and filter_code in _SIGNED:
+                planes.append(RawFrame(scratch[start:], size))
+                start += len(planes[-1])
+                # The plane behind it has elements of two bytes.
+                start += start % 2
+            else:
                 planes.append(scratch[start : start + size])
                 start += size
-        outs = [plane.view(f"<u{width}") for plane, width in zip(planes, widths, strict=True)]
+        outs: list[Plane] = [plane.blocks if isinstance(plane, RawFrame) else plane for plane in planes]
         length = len(self._scratch) // element.itemsize
-        turned = self._scratch.view(element)[:length]
-        packer = Packer(self._packing) if packed else None
-        bits = 8 * element.itemsize
+        packer = Packer(self._packing) if filter_code in _PACKED else None
         position = 0
         for values in _pieces(buffers, element, length):
             count = len(values)
-            targets = [out[position : position + count] for out in outs]
+            places = [(out, position) for out in outs]
             if packer is not None:
-                targets[0] = self._half[:count]
+                places[0] = self._half, 0
             if filter_code in _SIGNED:
-                self._split_signed(values, targets)
+                self._split_signed(values, places)
             else:
                 if filter_code in _ROTATED:
-                    piece = turned[:count]
-                    np.right_shift(values, bits - 1, out=piece)
+                    piece = self._scratch.view(element)[:count]
+                    np.right_shift(values, 8 * element.itemsize - 1, out=piece)
                     np.add(piece, values, out=piece)
                     np.add(piece, values, out=piece)
                     values = piece
-                shift = bits
-                for target, width in zip(targets, widths, strict=True):
+                shift = 8 * element.itemsize
+                for place, width in zip(places, widths, strict=True):
                     shift -= 8 * width
-                    if shift:
-                        np.right_shift(values, shift, out=target, casting="unsafe")
-                    else:
-                        np.copyto(target, values, casting="unsafe")
+                    _cut(values, shift, place, width)
             if packer is not None:
-                packer.pack(targets[0], outs[0][position // 2 : (position + count + 1) // 2])
+                packer.pack(self._half[:count], scratch[position // 2 : (position + count + 1) // 2])
             position += count
         return [*planes, packer.exceptions()] if packer is not None else planes
 
-    def _split_signed(
-        self, values: npt.NDArray[np.unsignedinteger], outs: Sequence[npt.NDArray[Any]]
-    ) -> None:
-        """A piece's exponents, signs beside mantissas, and of 32 bits the lower half, to ``outs``."""
+    def _split_signed(self, values: Values, places: Sequence[Place]) -> None:
+        """A piece's exponents, signs beside mantissas, and of 32 bits the lower half, to their places."""
         half = self._scratch.view(np.uint16)[: len(values)]
         upper = values
-        if len(outs) == 3:
-            np.copyto(outs[2], values, casting="unsafe")
+        if len(places) == 3:
+            _cut(values, 0, places[2], 2)
             upper = self._scratch.view(np.uint16)[-len(values) :]
             np.right_shift(values, 16, out=upper, casting="unsafe")
-        np.right_shift(upper, 7, out=outs[0], casting="unsafe")
+        _cut(upper, 7, places[0], 1)
         np.bitwise_and(upper, _SIGN_AND_MANTISSA, out=half)
         # The sign's byte added to the mantissa's, in the upper byte.
         np.multiply(half, np.uint16(0x101), out=half)
-        np.right_shift(half, 8, out=outs[1], casting="unsafe")
+        _cut(half, 8, places[1], 1)
 
     def join(self, filter_code: int, planes: Sequence[Plane], page: U8) -> None:
         """Fill ``page`` from ``planes``: the inverse of ``split``."""
@@ -209,50 +225,42 @@ class Planes:
             planes = [unpack(nibbles, exceptions, len(page) // element.itemsize), *planes[1:-1]]
         target = page.view(element)
         piece = len(self._scratch) // element.itemsize
-        # Products in place of left shifts, whose count NumPy checks.
-        shifts = [element.type(1 << 8 * width) for width in widths]
         for start in range(0, len(target), piece):
             values = target[start : start + piece]
-            count = len(values)
-            # One at a time: those that must be copied are copied to the same place.
-            parts = (
-                _piece(plane, start, count, width, self._half)
-                for plane, width in zip(planes, widths, strict=True)
-            )
             if filter_code in _SIGNED:
-                self._join_signed(parts, values)
+                self._join_signed(planes, start, values)
                 continue
-            first = next(parts)
-            np.copyto(values.reshape(first.shape), first)
-            for part, shift in zip(parts, shifts[1:], strict=True):
-                np.multiply(values, shift, out=values)
-                rows = values.reshape(part.shape)
-                np.add(rows, part, out=rows)
+            for number, (plane, width) in enumerate(zip(planes, widths, strict=True)):
+                if number:
+                    # A product in place of a left shift, whose count NumPy checks.
+                    np.multiply(values, element.type(1 << 8 * width), out=values)
+                for rows, part in _parts(values, (plane, start), width):
+                    np.add(rows, part, out=rows) if number else np.copyto(rows, part)
             if filter_code in _ROTATED:
-                part = self._scratch.view(element)[:count]
-                np.multiply(values, element.type(1 << 8 * element.itemsize - 1), out=part)
+                first_bits = self._scratch.view(element)[: len(values)]
+                np.multiply(values, element.type(1 << 8 * element.itemsize - 1), out=first_bits)
                 np.right_shift(values, 1, out=values)
-                np.add(values, part, out=values)
+                np.add(values, first_bits, out=values)
 
-    def _join_signed(self, parts: Iterator[npt.NDArray[Any]], values: npt.NDArray[Any]) -> None:
-        """The inverse of ``_split_signed``: fills ``values``."""
+    def _join_signed(self, planes: Sequence[Plane], start: int, values: Values) -> None:
+        """The inverse of ``_split_signed``: fills ``values``, of the page those from the ``start``-th on."""
         count = len(values)
         scratch = self._scratch.view(np.uint16)
         upper = values if values.dtype == np.uint16 else scratch[count : 2 * count]
-        exponents = next(parts)
-        np.multiply(exponents, np.uint16(1 << 7), out=upper.reshape(exponents.shape), dtype=np.uint16)
-        signs = next(parts).view(np.int8)
-        # A signed byte fills the bits above its own with its sign.
+        for rows, part in _parts(upper, (planes[0], start), 1):
+            np.multiply(part, np.uint16(1 << 7), out=rows, dtype=np.uint16)
         both = scratch[:count]
-        np.bitwise_and(signs, _SIGN_AND_MANTISSA.view(np.int16), out=both.view(np.int16).reshape(signs.shape))
+        for rows, part in _parts(both.view(np.int16), (planes[1], start), 1):
+            # A signed byte fills the bits above its own with its sign.
+            np.bitwise_and(part.view(np.int8), _SIGN_AND_MANTISSA.view(np.int16), out=rows)
         np.bitwise_or(upper, both, out=upper)
-        for lower in parts:
+        for plane in planes[2:]:
             np.multiply(upper, np.uint32(1 << 16), out=values, dtype=np.uint32)
-            rows = values.reshape(lower.shape)
-            np.bitwise_or(rows, lower, out=rows)
+            for rows, part in _parts(values, (plane, start), 2):
+                np.bitwise_or(rows, part, out=rows)
 
 
-def joined(plane: Plane, out: U8 | None = None) -> U8:
+def joined(plane: U8 | tuple[U8, ...], out: U8 | None = None) -> U8:
     """All of a plane as one array: in ``out``, if given; itself, where it is one."""
     if isinstance(plane, np.ndarray) and out is None:
         return plane
@@ -265,26 +273,44 @@ def joined(plane: Plane, out: U8 | None = None) -> U8:
     return whole
 
 
-def _piece(plane: Plane, start: int, count: int, width: int, aligned: U8) -> npt.NDArray[Any]:
-    """``count`` values of a plane from the ``start``-th on, that of a row or the last; some may lie in rows."""
-    first, num_bytes = start * width, count * width
+def split_bytes(page_bytes: int) -> int:
+    """The most that the planes of a page, one of them framed, take."""
+    return page_bytes + raw_frame_bytes(page_bytes // 2) - page_bytes // 2 + 1
+
+
+def _cut(values: Values, shift: int, place: Place, width: int) -> None:
+    """The bits of values from ``shift`` on, as many as ``width`` bytes have, to their place in a plane."""
+    for part, target in _parts(values, place, width):
+        if shift:
+            np.right_shift(part, shift, out=target, casting="unsafe")
+        else:
+            np.copyto(target, part, casting="unsafe")
+
+
+def _parts(
+    values: npt.NDArray[Any], place: Place, width: int
+) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+    """The values, and where in a plane they lie: in one piece, or at the end of a plane in blocks in two.
+
+    Raises:
+        CorruptStreamError: the plane is too short.
+    """
+    plane, start = place
+    first, num_bytes = start * width, len(values) * width
     if isinstance(plane, np.ndarray):
-        part = plane[first : first + num_bytes]
+        lying: tuple[U8, ...] = (plane[first : first + num_bytes],)
     else:
-        rows, last = plane
-        part = rows[first // RAW_BLOCK_BYTES : (first + num_bytes) // RAW_BLOCK_BYTES]
-        if not part.size:
-            part = last[:num_bytes]
-        elif part.size < num_bytes:
-            # The end of a page.
-            part = joined((part, last[: num_bytes - part.size]), aligned[:num_bytes])
-    if part.size != num_bytes:
+        # What is worked on in one go begins with a block.
+        number, num_whole = first // RAW_BLOCK_BYTES, num_bytes // RAW_BLOCK_BYTES
+        lying = plane[0][number : number + num_whole], plane[1][: num_bytes - num_whole * RAW_BLOCK_BYTES]
+    if sum(part.size for part in lying) != num_bytes:
         raise CorruptStreamError("a plane is shorter than its page")
-    values = part.view(f"<u{width}")
-    if not values.flags.aligned:
-        # NumPy reads such values one by one.
-        values = joined(part, aligned[:num_bytes]).view(values.dtype)
-    return values
+    position = 0
+    for part in lying:
+        if part.size:
+            part = part.view(f"<u{width}")
+            yield values[position : position + part.size].reshape(part.shape), part
+            position += part.size
 
 
 def _pieces(

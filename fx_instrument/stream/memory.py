@@ -21,12 +21,17 @@ WORKER_PAGES = 5
 """What a worker holds at most in pages: stacked, gathered, planes, compressed planes and the room zstd asks for."""
 
 
-def worker_bytes(page_bytes: int) -> int:
-    """What a worker holds at most; a page is split, and its exponents are packed, so much at a time."""
-    return WORKER_FIXED_BYTES + WORKER_PAGES * page_bytes + 5 * min(page_bytes, AT_ONCE_BYTES) // 2
+def at_once_bytes(page_bytes: int, num_workers: int) -> int:
+    """How much of a page is split in one go: what a core's cache holds, or all of it where threads would meet."""
+    return page_bytes if num_workers > 1 else min(page_bytes, AT_ONCE_BYTES)
 
 
-MIN_MEMORY_BYTES = worker_bytes(MIN_PAGE_BYTES)
+def worker_bytes(page_bytes: int, num_workers: int) -> int:
+    """What one of so many workers holds at most: pages, and what is split, and its exponents packed, at once."""
+    return WORKER_FIXED_BYTES + WORKER_PAGES * page_bytes + 5 * at_once_bytes(page_bytes, num_workers) // 2
+
+
+MIN_MEMORY_BYTES = worker_bytes(MIN_PAGE_BYTES, 1)
 """The least that a writer works with: one worker, the smallest pages."""
 
 
@@ -40,9 +45,14 @@ class MemoryPlan:
     """Whether one more worker may run once nothing more comes."""
 
     @property
+    def at_once_bytes(self) -> int:
+        """So much of a page is split in one go."""
+        return at_once_bytes(self.page_bytes, self.num_workers)
+
+    @property
     def total_bytes(self) -> int:
         workers = self.num_workers + self.last_help
-        return workers * worker_bytes(self.page_bytes) + staging_bytes(self.page_bytes)
+        return workers * worker_bytes(self.page_bytes, self.num_workers) + staging_bytes(self.page_bytes)
 
 
 def plan_memory(
@@ -64,15 +74,15 @@ def plan_memory(
     if num_workers is None:
         wanted = max(_USUAL_WORKERS, math.ceil((target_bytes_per_s or 0) / WORKER_BYTES_PER_S))
         num_workers = max(1, min(wanted, len(os.sched_getaffinity(0)) // 2))
-        while num_workers > 1 and num_workers * worker_bytes(1 << 20) > memory_bytes:
+        while num_workers > 1 and num_workers * worker_bytes(1 << 20, num_workers) > memory_bytes:
             num_workers -= 1
     if page_bytes is None:
         # Five quarters of a page bring blocks together for the disk, whoever writes; ten of each worker's hold what is
-        # split at once, but no more than those of AT_ONCE_BYTES.
+        # split at once, but of one alone no more than those of AT_ONCE_BYTES.
         quarters, room = 4 * WORKER_PAGES * num_workers + 5, memory_bytes - num_workers * WORKER_FIXED_BYTES
-        small = 4 * room // (quarters + 10 * num_workers)
-        large = (4 * room - 10 * num_workers * AT_ONCE_BYTES) // quarters
-        fitting = small if small < AT_ONCE_BYTES else large
+        fitting = 4 * room // (quarters + 10 * num_workers)
+        if num_workers == 1 and fitting >= AT_ONCE_BYTES:
+            fitting = (4 * room - 10 * AT_ONCE_BYTES) // quarters
         page_bytes = max(MIN_PAGE_BYTES, min(MAX_PAGE_BYTES, fitting // 4096 * 4096))
     plan = MemoryPlan(num_workers, page_bytes, True)
     fits = plan.total_bytes <= memory_bytes and num_workers < len(os.sched_getaffinity(0))

@@ -41,6 +41,7 @@ LEAD_BYTES = len(LZ4_FRAME_HEAD) + LZ4_BLOCK_HEAD_BYTES
 """What stands before the values of a page that is stored in one piece."""
 _LZ4_STORED = 1 << 31
 _ZSTD_RAW_HEAD = struct.Struct("<4sBI")
+_RAW_BLOCK_HEAD_BYTES = 3
 RAW_BLOCK_BYTES = 128 << 10
 """Most that a block of a zstd frame holds."""
 _FETCH_BYTES, _LINE_BYTES = 128 << 10, 64
@@ -58,8 +59,33 @@ class EncodedPage:
     plane_encodings: tuple[int, ...]
 
 
-Plane: TypeAlias = "bytes | Sequence[U8]"
-"""Compressed bytes, or the buffers of a stored plane."""
+class RawFrame:
+    """A zstd frame of raw blocks at the start of ``memory``, made before the plane that it stores: filled in through
+    ``blocks``, the plane is in one piece with the frame, and is summed and written in one call.
+
+    Args:
+        memory: at least ``raw_frame_bytes(total)``.
+        total: bytes of the plane.
+    """
+
+    def __init__(self, memory: U8, total: int) -> None:
+        self.whole = memory[: raw_frame_bytes(total)]
+        view = self.whole.data
+        position = _ZSTD_RAW_HEAD.size
+        view[:position] = _raw_frame_head(total)
+        for start in range(0, max(1, total), RAW_BLOCK_BYTES):
+            head = _raw_block_head(total - start)
+            view[position : position + len(head)] = head
+            position += len(head) + RAW_BLOCK_BYTES
+        self.blocks = stored_zstd_blocks(view, total)
+        """The plane: whole blocks as rows, (blocks, ``RAW_BLOCK_BYTES``), and the last one if it is shorter."""
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+
+Plane: TypeAlias = "bytes | Sequence[U8] | RawFrame"
+"""Compressed bytes, or a stored plane: its buffers, or the frame that it is in already."""
 
 
 def build_payload(family: str, filter_code: int, planes: Sequence[Plane]) -> EncodedPage:
@@ -69,7 +95,10 @@ def build_payload(family: str, filter_code: int, planes: Sequence[Plane]) -> Enc
     if family == "lz4":
         pieces.append(LZ4_FRAME_HEAD)
     for plane in planes:
-        if family == "lz4":
+        if isinstance(plane, RawFrame):
+            pieces.append(plane.whole)
+            size = len(plane)
+        elif family == "lz4":
             block, size = _lz4_block(plane)
             pieces += block
         elif isinstance(plane, bytes):
@@ -110,7 +139,7 @@ def checksum(data: Piece, crc: int = 0) -> int:
     return crc
 
 
-def _lz4_block(plane: Plane) -> tuple[list[Piece], int]:
+def _lz4_block(plane: bytes | Sequence[U8]) -> tuple[list[Piece], int]:
     if isinstance(plane, bytes):
         return [struct.pack("<I", len(plane)), plane], len(plane)
     total = sum(map(len, plane))
@@ -120,22 +149,37 @@ def _lz4_block(plane: Plane) -> tuple[list[Piece], int]:
 
 def _raw_zstd_frame(buffers: Iterable[U8], total: int) -> list[Piece]:
     """A zstd frame of raw blocks around the buffers (RFC 8878, 3.1.1)."""
-    pieces: list[Piece] = [_ZSTD_RAW_HEAD.pack(b"\x28\xb5\x2f\xfd", 0xA0, total)]
+    pieces: list[Piece] = [_raw_frame_head(total)]
     left, room = total, 0
     for buffer in buffers:
         start = 0
         while start < len(buffer):
             if not room:
+                pieces.append(_raw_block_head(left))
                 room = min(left, RAW_BLOCK_BYTES)
                 left -= room
-                pieces.append((room << 3 | (not left)).to_bytes(3, "little"))
             part = buffer[start : start + room]
             pieces.append(part)
             start += len(part)
             room -= len(part)
     if not total:
-        pieces.append(b"\x01\0\0")
+        pieces.append(_raw_block_head(0))
     return pieces
+
+
+def _raw_frame_head(total: int) -> bytes:
+    return _ZSTD_RAW_HEAD.pack(b"\x28\xb5\x2f\xfd", 0xA0, total)
+
+
+def _raw_block_head(left: int) -> bytes:
+    """Of the next block, while so many bytes are left."""
+    size = min(left, RAW_BLOCK_BYTES)
+    return (size << 3 | (left == size)).to_bytes(_RAW_BLOCK_HEAD_BYTES, "little")
+
+
+def raw_frame_bytes(total: int) -> int:
+    """Of a zstd frame of raw blocks around so many bytes."""
+    return _ZSTD_RAW_HEAD.size + total + _RAW_BLOCK_HEAD_BYTES * max(1, -(-total // RAW_BLOCK_BYTES))
 
 
 def stored_zstd_blocks(data: memoryview, plane_bytes: int) -> tuple[U8, U8]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ class _Job(NamedTuple):
     offset: int
     segment: int
     block: int
-    records: list[tuple[RecordRef, int, int]]
+    records: Iterable[tuple[RecordRef, int, int]]
     whole: RecordRef | None
 
 
@@ -130,25 +131,29 @@ class Scan:
 
     def _refs_of(
         self, segment: int, number: int, rows: npt.NDArray[np.intp]
-    ) -> list[tuple[RecordRef, int, int]]:
+    ) -> Iterator[tuple[RecordRef, int, int]]:
         """Records that lie whole in a page: each with its offset and size."""
         block, placed = self._block(segment, number), self._placed[segment]
         directory, known = block.directory, self._global_ids[segment]
-        first_step, rank = placed.first_step, placed.rank
-        dtype, shapes = block.header.dtype_name, directory.shapes
-        found = []
-        columns = [
+        steps, sites, calls, shapes, offsets = (
             directory.rows[name][rows].tolist() for name in ("step", "site", "call", "shape", "offset")
-        ]
-        # As RecordRef(...) makes it, in half the time: pages of decode steps hold hundreds of records.
-        make = partial(tuple.__new__, RecordRef)
-        for row, size, step, local, call, shape, offset in zip(
-            rows.tolist(), directory.sizes[rows].tolist(), *columns, strict=True
-        ):
-            places = ((number, row),)
-            values = (known[local], step + first_step, call, dtype, *shapes[shape], rank, segment, places)
-            found.append((make(values), offset, size))
-        return found
+        )
+        places = zip(zip(repeat(number), rows.tolist()))
+        # Column by column: pages of decode steps hold hundreds of records, and threads that decode wait for the lock
+        # that a loop would hold.
+        columns = zip(
+            map(known.__getitem__, sites),
+            map(placed.first_step.__add__, steps),
+            calls,
+            repeat(block.header.dtype_name),
+            map([shape for shape, _ in directory.shapes].__getitem__, shapes),
+            map([full_shape for _, full_shape in directory.shapes].__getitem__, shapes),
+            repeat(placed.rank),
+            repeat(segment),
+            places,
+        )
+        refs = map(partial(tuple.__new__, RecordRef), columns)
+        return zip(refs, offsets, directory.sizes[rows].tolist(), strict=True)
 
     def _num_bytes(self, job: _Job) -> int:
         if job.whole is not None:

@@ -65,6 +65,7 @@ class StreamWriter:
         self.page_bytes = plan.page_bytes
         self.num_workers = plan.num_workers
         self.memory_bytes = plan.total_bytes
+        self._at_once_bytes = plan.at_once_bytes
         self._last_help = plan.last_help
         self.tiers = TierControl(
             TIERS_OF_CODEC[codec], target_bytes_per_s=target_bytes_per_s, num_workers=plan.num_workers
@@ -234,7 +235,7 @@ class StreamWriter:
             try:
                 if self.failure is None and not self._abandoned:
                     if encoder is None:
-                        encoder = PageEncoder(self.codec, self.page_bytes, self._choices)
+                        encoder = PageEncoder(self.codec, self.page_bytes, self._choices, self._at_once_bytes)
                     self._store(page, encoder, page_scratch)
             except BaseException as error:
                 self._fail(error)
