@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import random
 import statistics
 import tempfile
@@ -255,13 +256,30 @@ def measure_large_file(data: Data, folder: Path, num_bytes: int) -> dict[str, An
             found[f"{kind}_find_and_read_ms_p99"] = both[-2]
             del finds, reads
         found["held_after_400_reads_mb"] = (resident("RssAnon") - before) / 1e6
+    forget(path)
+    found["plain_read_s_per_gb"] = Meter(partial(read_through, path)).wall / found["file_gb"]
+    forget(path)
     for key in ("recover_s_per_gb", "recover_again_s_per_gb"):
         # The second time all of the file lies in the page cache.
         recovering = Meter(lambda: StreamReader(path, recover=True))
         recovering.result.close()
-        found[key] = recovering.wall / (path.stat().st_size / 1e9)
+        found[key] = recovering.wall / found["file_gb"]
     path.unlink()
     return found
+
+
+def forget(path: Path) -> None:
+    """Have the kernel read the file from the disk the next time."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_through(path: Path) -> None:
+    """Read a file once, front to back, and look at nothing."""
+    room = bytearray(1 << 20)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(room):
+            pass
 
 
 def measure_memory(data: Data, folder: Path, bound: int = 256_000_000) -> dict[str, float]:
