@@ -249,8 +249,11 @@ class StreamReader:
         Raises:
             CorruptStreamError: a checksum does not hold, or parts of the record are missing.
         """
+        return self._read(ref, self.num_threads)
+
+    def _read(self, ref: RecordRef, num_threads: int) -> U8:
         if len(ref.places) > 1:
-            return self._read_parts(ref, _new_array)
+            return self._read_parts(ref, _new_array, num_threads)
         number, row = ref.places[0]
         block = self._block(ref.segment, number)
         if int(block.directory.sizes[row]) != ref.num_bytes or int(block.directory.rows["part_offset"][row]):
@@ -276,8 +279,8 @@ class StreamReader:
         self.read(ref)
         return file.map, block.payload_start + LEAD_BYTES + int(block.directory.rows["offset"][row])
 
-    def _read_parts(self, ref: RecordRef, new: Callable[[int], U8]) -> U8:
-        """The joined parts of a record, decoded where they belong."""
+    def _read_parts(self, ref: RecordRef, new: Callable[[int], U8], num_threads: int = 1) -> U8:
+        """The joined parts of a record, decoded where they belong by so many threads."""
         places = []
         position = 0
         for number, row in ref.places:
@@ -290,12 +293,17 @@ class StreamReader:
         if position != ref.num_bytes:
             raise CorruptStreamError(f"{self.path}: {position} of {ref.num_bytes} bytes of {ref} were found")
         record = new(position)
-        for number, start, offset, size in places:
+
+        def fill(place: tuple[int, int, int, int]) -> None:
+            number, start, offset, size = place
             part = record[offset : offset + size]
             if size == self._block(ref.segment, number).header.raw_bytes:
-                self._decode(ref.segment, number, in_place=False, new=lambda _, part=part: part)  # type: ignore[misc]
+                self._decode(ref.segment, number, in_place=False, new=lambda _: part)
             else:
                 part[:] = self._page(ref.segment, number)[start : start + size]
+
+        for _ in done_ahead(places, fill, lambda place: 0, num_threads):
+            pass
         return record
 
     def read_all(self, refs: Iterable[RecordRef]) -> Iterator[U8]:
@@ -305,7 +313,7 @@ class StreamReader:
         )
         done = done_ahead(
             jobs,
-            lambda job: [self.read(ref) for ref in job],
+            lambda job: [self._read(ref, 1) for ref in job],
             lambda job: sum(ref.num_bytes for ref in job),
             self.num_threads,
         )

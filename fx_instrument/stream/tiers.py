@@ -66,14 +66,16 @@ class Choices:
 _SECONDS_PER_BYTE = (0.3e-9, 0.8e-9, 1.0e-9)
 _RATIOS = (1.0, 1.33, 1.45)
 """Of the tiers on bfloat16 activations on one core, until pages were measured; only their proportions matter."""
-_ARRIVAL_S = 1.0
-"""Arrivals are averaged over about so long: a step delivers all of its values at once."""
+_RATE_S = 1.0
+"""Arrivals are averaged over about so long, as a step delivers all of its values at once; and so is what was done."""
 _DRAIN_S = 0.5
 """A backlog should take no longer than this to go."""
 _FRESH_S = 5.0
 """A measured cost says less about a machine that others use than the proportions do once it is so old."""
 _HEADROOM = 1.1
 """Over the target."""
+_SHORTFALL = 2.0
+"""What is needed is at most so many times more where pages take longer than their costs say."""
 _GROWTH = 1.25
 """Over arrivals below the target: a producer that is held back arrives no faster than its pages are taken."""
 _WEIGHT = 0.25
@@ -95,14 +97,34 @@ class _Average:
         self.at_s = now_s
 
 
-class TierControl:
-    """Chooses for each page the tier of highest ratio that keeps the rate.
+class _Rate:
+    """Bytes a second, averaged over about ``_RATE_S``."""
 
-    A tier can take ``min(workers / seconds a byte, disk bytes a second * ratio)``. Needed is a quarter more
-    than the rate of arrival, or what clears the backlog in half a second, and at most a tenth more than the target.
-    Where no tier can, the one that takes most. Every 24th page that is not compressed best tries the next better
-    tier, so that its cost stays known. Without a target every page gets the best tier. Costs are measured as pages go
-    by (wall time, so that other users of the cores count).
+    def __init__(self) -> None:
+        self._bytes = 0.0
+        self._at_s = 0.0
+
+    def add(self, num_bytes: int, now_s: float) -> None:
+        self._bytes = self._decayed(now_s) + num_bytes
+        self._at_s = now_s
+
+    def per_s(self, now_s: float, known_s: float) -> float:
+        """``known_s``: since when there was anything to add; the average knows nothing of the time before."""
+        return self._decayed(now_s) / (_RATE_S * -math.expm1(-known_s / _RATE_S))
+
+    def _decayed(self, now_s: float) -> float:
+        return self._bytes * math.exp((self._at_s - now_s) / _RATE_S)
+
+
+class TierControl:
+    """Chooses for each page the tier of highest ratio that keeps the rate, and a better one with the time that leaves.
+
+    A tier can take ``min(workers / seconds a byte, disk bytes a second * ratio)``. Needed is a quarter more than
+    the rate of arrival, or what clears the backlog in half a second, and at most a tenth more than the target; still
+    more as long as less than that is kept. Where one tier can take more than is needed and the next better one less,
+    pages go to both, so that all of the time is used. Where no tier can, to the one that takes most. Every 24th page
+    that is not compressed best tries the next better tier, so that its cost stays known. Without a target every page
+    gets the best tier. Costs are measured as pages go by (wall time, so that other users of the cores count).
     """
 
     def __init__(
@@ -126,24 +148,34 @@ class TierControl:
         self._speed = _Average(1.0)
         """How much slower than ``_SECONDS_PER_BYTE`` pages were of late."""
         self._disk = _Average(0.0)
-        self._arrivals = 0.0
-        self._arrivals_s = clock()
+        self._arriving, self._kept = _Rate(), _Rate()
         self._first_s: float | None = None
         self._backlog_bytes = 0
+        self._busy_s = 0.0
+        """For so long pages were there to be done, until ``_counted_s``."""
+        self._counted_s = 0.0
         self._pages = 0
+        self._spare_s = 0.0
+        """Seconds a byte that pages left over for better ones."""
 
     def arrived(self, num_bytes: int) -> None:
         """A page of raw bytes waits for a worker."""
         with self._lock:
-            self._arrivals = self._decayed() + num_bytes
-            self._arrivals_s = self._clock()
+            now_s = self._clock()
+            self._arriving.add(num_bytes, now_s)
             if self._first_s is None:
-                self._first_s = self._arrivals_s
+                self._first_s = now_s
+            if not self._backlog_bytes:
+                self._counted_s = now_s
             self._backlog_bytes += num_bytes
 
     def left(self, num_bytes: int) -> None:
         """A page that had arrived is stored, or thrown away."""
         with self._lock:
+            now_s = self._clock()
+            self._busy_s += now_s - self._counted_s
+            self._counted_s = now_s
+            self._kept.add(num_bytes, self._busy_s)
             self._backlog_bytes -= num_bytes
 
     def encoded(
@@ -177,13 +209,28 @@ class TierControl:
         with self._lock:
             needed = self._needed()
             capacities = {tier: self._capacity(dtype, tier) for tier in self.tiers}
-        keeping = [tier for tier in self.tiers if capacities[tier] >= needed]
-        tier = max(keeping) if keeping else max(self.tiers, key=lambda tier: (capacities[tier], tier))
-        self._pages += 1
-        if tier != best and self._pages % _TRY_EVERY == 0:
-            # What a better tier costs now is known by trying only.
-            return self.tiers[self.tiers.index(tier) + 1]
-        return tier
+            keeping = [tier for tier in self.tiers if capacities[tier] >= needed]
+            if best in keeping:
+                return best
+            if keeping:
+                tier = max(keeping)
+                better_s = 1 / capacities[self._better(tier)]
+                self._spare_s = min(self._spare_s + 1 / needed, 2 * better_s)
+                if self._spare_s >= better_s:
+                    tier = self._better(tier)
+            else:
+                tier = max(self.tiers, key=lambda tier: (capacities[tier], tier))
+                self._spare_s = 0.0
+            self._pages += 1
+            if tier != best and self._pages % _TRY_EVERY == 0:
+                # What a better tier costs now is known by trying only.
+                tier = self._better(tier)
+            if keeping:
+                self._spare_s -= 1 / capacities[tier]
+            return tier
+
+    def _better(self, tier: int) -> int:
+        return self.tiers[self.tiers.index(tier) + 1]
 
     def capacity_bytes_per_s(self, dtype: str) -> float:
         """The most raw bytes a second that any tier can take of a dtype, as measured so far."""
@@ -206,15 +253,17 @@ class TierControl:
         # Each worker writes what it compressed, so the disk is at work for this share of the time.
         return capacity, "disk" if writing_s * capacity > 0.5 else "cores"
 
-    def _decayed(self) -> float:
-        return self._arrivals * math.exp((self._arrivals_s - self._clock()) / _ARRIVAL_S)
-
     def _needed(self) -> float:
-        target = self.target_bytes_per_s or 0.0
-        # The average knows nothing of the time before the first page.
-        known = max(_DRAIN_S, self._clock() - self._first_s) if self._first_s is not None else _DRAIN_S
-        arriving = self._decayed() / (_ARRIVAL_S * -math.expm1(-known / _ARRIVAL_S))
-        return min(_GROWTH * max(arriving, self._backlog_bytes / _DRAIN_S), _HEADROOM * target)
+        limit = _HEADROOM * (self.target_bytes_per_s or 0.0)
+        now_s = self._clock()
+        known_s = 0.0 if self._first_s is None else now_s - self._first_s
+        arriving = self._arriving.per_s(now_s, max(_DRAIN_S, known_s))
+        needed = _GROWTH * max(arriving, self._backlog_bytes / _DRAIN_S)
+        if needed < limit or self._busy_s < _DRAIN_S:
+            return min(needed, limit)
+        # Pages take more than their workers' time: what others use of the cores, and what is between two pages.
+        kept = self._kept.per_s(self._busy_s, self._busy_s)
+        return limit * min(max(1.0, limit / kept) ** 2, _SHORTFALL)
 
     def _capacity(self, dtype: str, tier: int) -> float:
         cost = self._costs.get((dtype, tier))

@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -232,11 +232,12 @@ class StreamWriter:
 
         self._segment.close_replaced()
         while (page := self._queue.get()) is not None:
+            started_s, stored = time.perf_counter(), None
             try:
                 if self.failure is None and not self._abandoned:
                     if encoder is None:
                         encoder = PageEncoder(self.codec, self.page_bytes, self._choices, self._at_once_bytes)
-                    self._store(page, encoder, page_scratch)
+                    stored = self._store(page, encoder, page_scratch)
             except BaseException as error:
                 self._fail(error)
             finally:
@@ -244,6 +245,16 @@ class StreamWriter:
                     pass
                 self.tiers.left(page.raw_bytes)
                 self._release(page)
+            if stored is not None:
+                # All that a page keeps its worker busy with; waiting for its turn is not.
+                seconds = time.perf_counter() - started_s - stored.waited_s
+                self.tiers.encoded(
+                    page.dtype,
+                    stored.tier,
+                    page.raw_bytes,
+                    stored.num_bytes,
+                    seconds if encoder is not None and encoder.typical else None,
+                )
 
     def _release(self, page: Page) -> None:
         # The memory goes before anyone is told that it went.
@@ -269,8 +280,7 @@ class StreamWriter:
                 self._turn = max(self._turn, page.sequence + 1)
                 self._turn_changed.notify_all()
 
-    def _store(self, page: Page, encoder: PageEncoder, scratch: Callable[[], U8]) -> None:
-        started_s = time.perf_counter()
+    def _store(self, page: Page, encoder: PageEncoder, scratch: Callable[[], U8]) -> _Stored:
         records = page.arrange(scratch if self.max_relative_error is None else None)
         tier = self.tiers.choose(page.dtype)
         if self.max_relative_error is None:
@@ -306,8 +316,9 @@ class StreamWriter:
             plane_bytes=encoded.plane_bytes,
             plane_encodings=encoded.plane_encodings,
         )
-        seconds = time.perf_counter() - started_s
+        encoded_s = time.perf_counter()
         with self._turn_of(page):
+            waited_s = time.perf_counter() - encoded_s
             if self.failure is None and not self._abandoned:
                 started_s = time.perf_counter()
                 num_bytes = self._segment.write_block(
@@ -318,10 +329,13 @@ class StreamWriter:
                     sites=self._sites[: page.num_sites],
                     inputs=self._inputs,
                 )
-                writing_s = time.perf_counter() - started_s
-                self.tiers.written(num_bytes, writing_s)
-                seconds += writing_s
-        # All that a page keeps its worker busy with; waiting for its turn is not.
-        self.tiers.encoded(
-            page.dtype, tier, page.raw_bytes, encoded.payload_bytes, seconds if encoder.typical else None
-        )
+                self.tiers.written(num_bytes, time.perf_counter() - started_s)
+        return _Stored(tier, encoded.payload_bytes, waited_s)
+
+
+class _Stored(NamedTuple):
+    """A page that was stored: how, in how many bytes, and the seconds that it waited for earlier ones."""
+
+    tier: int
+    num_bytes: int
+    waited_s: float
