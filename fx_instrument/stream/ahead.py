@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 _Job = TypeVar("_Job")
@@ -25,36 +26,59 @@ def default_threads() -> int:
     return min(_MAX_THREADS, len(os.sched_getaffinity(0)))
 
 
-def done_ahead(
-    jobs: Iterable[_Job], run: Callable[[_Job], _Result], num_bytes: Callable[[_Job], int], num_threads: int
-) -> Iterator[tuple[_Job, _Result]]:
-    """Each job with its result, in order; an error comes where its job does.
+class Ahead:
+    """Does jobs ahead of whoever takes their results, in order. Safe to use from several threads.
 
-    The caller's thread is one of so many: it does jobs too while the result that is next is not there. A thread more
-    would take a core, and the interpreter's lock, from the others (reading took a sixth longer).
+    The thread that takes results is one of ``num_threads``: it does jobs too while the result that is next is not
+    there. A thread more would take a core, and the interpreter's lock, from the others (reading took a sixth longer).
+    The others are started once they are needed, and stay: what they work in was new memory for each else.
     """
-    if num_threads <= 1:
-        for job in jobs:
-            yield job, run(job)
-        return
-    waiting: deque[tuple[_Job, Future[_Result]]] = deque()
-    held = 0
-    pool = ThreadPoolExecutor(num_threads - 1, thread_name_prefix="fx-read")
-    try:
-        for job in jobs:
-            size = num_bytes(job)
-            while waiting and (
-                held + size > (num_threads + 1) * min(max(size, _PAGE_BYTES), LARGE_BYTES)
-                or len(waiting) > 2 * num_threads
-            ):
-                held -= num_bytes(waiting[0][0])
+
+    def __init__(self, num_threads: int) -> None:
+        self.num_threads = num_threads
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """End the threads, after what was begun; they are started again where jobs come all the same."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=True)
+
+    def done(
+        self, jobs: Iterable[_Job], run: Callable[[_Job], _Result], num_bytes: Callable[[_Job], int]
+    ) -> Iterator[tuple[_Job, _Result]]:
+        """Each job with its result, in order; an error comes where its job does."""
+        if self.num_threads <= 1:
+            for job in jobs:
+                yield job, run(job)
+            return
+        room = self.num_threads + 1
+        waiting: deque[tuple[_Job, Future[_Result]]] = deque()
+        held = 0
+        try:
+            for job in jobs:
+                size = num_bytes(job)
+                while waiting and (
+                    held + size > room * min(max(size, _PAGE_BYTES), LARGE_BYTES)
+                    or len(waiting) > 2 * self.num_threads
+                ):
+                    held -= num_bytes(waiting[0][0])
+                    yield _taken(waiting, run)
+                waiting.append((job, self._submit(run, job)))
+                held += size
+            while waiting:
                 yield _taken(waiting, run)
-            waiting.append((job, pool.submit(run, job)))
-            held += size
-        while waiting:
-            yield _taken(waiting, run)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        finally:
+            # What nobody will take is not done, and nothing is at work any more for who stops in the middle.
+            wait([future for _, future in waiting if not future.cancel()])
+
+    def _submit(self, run: Callable[[_Job], _Result], job: _Job) -> Future[_Result]:
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self.num_threads - 1, thread_name_prefix="fx-read")
+            return self._pool.submit(run, job)
 
 
 def _taken(

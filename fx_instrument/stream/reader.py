@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CorruptStreamError, StreamError
-from .ahead import default_threads, done_ahead
+from .ahead import Ahead, default_threads
 from .buffers import BufferPool, LastUsed
 from .codec import decode_page, is_in_place, page_in_place
 from .mapped import AnyPath, map_files, place_segments
@@ -43,7 +43,7 @@ class StreamReader:
             disk); ``damage`` says what was skipped, and what is left reads without errors. Otherwise ``read`` and
             ``scan`` verify what they touch and raise CorruptStreamError, and ``damage`` holds what was lost before
             a file was resumed.
-        num_threads: how many decode pages ahead in ``scan`` and ``read_all``; None: one a core, up to four.
+        num_threads: how many decode pages, ahead in ``scan`` and ``read_all``; None: one a core, up to four.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -59,7 +59,7 @@ class StreamReader:
         paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
         self.path = os.fspath(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
         self.recovered = recover
-        self.num_threads = default_threads() if num_threads is None else num_threads
+        self._ahead = Ahead(default_threads() if num_threads is None else num_threads)
         self._files, unreadable = map_files(paths, recover=recover)
         try:
             self._placed = place_segments(self._files)
@@ -121,6 +121,7 @@ class StreamReader:
 
     def close(self) -> None:
         """Unmap the files, or let go of them where arrays from ``read`` still look into them."""
+        self._ahead.close()
         for file in self._files:
             file.close()
 
@@ -249,11 +250,11 @@ class StreamReader:
         Raises:
             CorruptStreamError: a checksum does not hold, or parts of the record are missing.
         """
-        return self._read(ref, self.num_threads)
+        return self._read(ref, self._ahead)
 
-    def _read(self, ref: RecordRef, num_threads: int) -> U8:
+    def _read(self, ref: RecordRef, ahead: Ahead | None = None) -> U8:
         if len(ref.places) > 1:
-            return self._read_parts(ref, _new_array, num_threads)
+            return self._read_parts(ref, _new_array, ahead)
         number, row = ref.places[0]
         block = self._block(ref.segment, number)
         if int(block.directory.sizes[row]) != ref.num_bytes or int(block.directory.rows["part_offset"][row]):
@@ -279,8 +280,8 @@ class StreamReader:
         self.read(ref)
         return file.map, block.payload_start + LEAD_BYTES + int(block.directory.rows["offset"][row])
 
-    def _read_parts(self, ref: RecordRef, new: Callable[[int], U8], num_threads: int = 1) -> U8:
-        """The joined parts of a record, decoded where they belong by so many threads."""
+    def _read_parts(self, ref: RecordRef, new: Callable[[int], U8], ahead: Ahead | None = None) -> U8:
+        """The joined parts of a record, decoded where they belong; by several threads, if given."""
         places = []
         position = 0
         for number, row in ref.places:
@@ -302,7 +303,7 @@ class StreamReader:
             else:
                 part[:] = self._page(ref.segment, number)[start : start + size]
 
-        for _ in done_ahead(places, fill, lambda place: 0, num_threads):
+        for _ in map(fill, places) if ahead is None else ahead.done(places, fill, lambda place: 0):
             pass
         return record
 
@@ -311,11 +312,10 @@ class StreamReader:
         jobs = (
             [*group] for _, group in itertools.groupby(refs, key=lambda ref: (ref.segment, ref.places[0][0]))
         )
-        done = done_ahead(
+        done = self._ahead.done(
             jobs,
-            lambda job: [self._read(ref, 1) for ref in job],
+            lambda job: [self._read(ref) for ref in job],
             lambda job: sum(ref.num_bytes for ref in job),
-            self.num_threads,
         )
         for _, found in done:
             yield from found
@@ -333,7 +333,7 @@ class StreamReader:
             page=partial(self._decode, in_place=True, new=self._pool.take),
             ref=self._ref,
             record=partial(self._read_parts, new=self._pool.take),
-            num_threads=self.num_threads,
+            ahead=self._ahead,
         ).run()
 
     def verify(self) -> list[Damage]:

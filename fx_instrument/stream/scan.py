@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CorruptStreamError
-from .ahead import done_ahead
+from .ahead import Ahead
 from .mapped import MappedFile, PlacedSegment
 from .read_ahead import ReadAhead
 from .refs import RecordRef
@@ -44,7 +44,7 @@ class Scan:
         page: its bytes, verified.
         ref: the record of a site, a segment and (block, row) of its parts.
         record: the bytes of a record of several parts.
-        num_threads: how many decode ahead.
+        ahead: decodes ahead.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Scan:
         page: Callable[[int, int], U8],
         ref: Callable[[int, int, tuple[tuple[int, int], ...]], RecordRef],
         record: Callable[[RecordRef], U8],
-        num_threads: int,
+        ahead: Ahead,
     ) -> None:
         self._placed = placed
         self._global_ids = global_ids
@@ -64,13 +64,13 @@ class Scan:
         self._page = page
         self._ref = ref
         self._record = record
-        self._num_threads = num_threads
+        self._ahead = ahead
 
     def run(self) -> Iterator[tuple[RecordRef, U8]]:
         """Every record with its bytes, as ``StreamReader.scan`` says."""
         passed = 0
         file = self._placed[0].file
-        for job, data in done_ahead(self._jobs(), self._decode, self._num_bytes, self._num_threads):
+        for job, data in self._ahead.done(self._jobs(), self._decode, self._num_bytes):
             if job.file is not file or job.offset < passed:
                 file.forget(passed, len(file.data))
                 file, passed = job.file, job.offset
