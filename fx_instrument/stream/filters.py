@@ -78,7 +78,7 @@ _PACKED = (PACKED16, PACKED32, PACKED_SIGNED16, PACKED_SIGNED32)
 _SIGNED = (SIGNED16, SIGNED32, PACKED_SIGNED16, PACKED_SIGNED32)
 _SIGN_AND_MANTISSA = np.uint16(0x807F)
 """Of a bfloat16, and of the upper half of a float32."""
-AT_ONCE_BYTES = 8 * RAW_BLOCK_BYTES
+AT_ONCE_BYTES = 4 * RAW_BLOCK_BYTES
 """So many bytes of a page are split in one go by a thread that is alone: what it works on stays in its core's cache."""
 
 _SPLIT_OF = {
