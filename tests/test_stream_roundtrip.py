@@ -247,3 +247,25 @@ def test_many_sites_and_calls(tmp_path: Path) -> None:
         got = contents(reader)
         assert got.items() <= {s.key: s.data for s in samples}.items()
         assert not any(site.name.startswith("unknown") for site in reader.sites)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("page_bytes", [1024, 1030, 70_001, 262_150, 524_290, 1_000_002])
+def test_records_larger_than_a_page_of_any_size_come_back(
+    tmp_path: Path, page_bytes: int, dtype: str, num_workers: int
+) -> None:
+    """No part is larger than the page, whatever its size is a multiple of."""
+    itemsize = element_bytes(dtype)
+    samples = [
+        Sample(name, 0, np.random.default_rng(count).bytes(count * itemsize), dtype, (count,))
+        for name, count in (("a", 2 * (page_bytes // itemsize)), ("b", 3 * (page_bytes // itemsize) + 5))
+    ]
+    path = write(tmp_path / "a.stream", samples, codec="zstd", page_bytes=page_bytes, num_workers=num_workers)
+    with StreamReader(path) as reader:
+        names = {site.name: site.id for site in reader.sites}
+        for sample in samples:
+            ref = reader.find(names[sample.site], 0)
+            assert ref is not None and reader.read(ref).tobytes() == sample.data
+        headers = [reader._block(0, number).header for number in range(len(reader.segments[0].block_offsets))]
+        assert max(header.raw_bytes for header in headers) <= page_bytes

@@ -30,12 +30,12 @@ class Ahead:
     """Does jobs ahead of whoever takes their results, in order. Safe to use from several threads.
 
     The thread that takes results is one of ``num_threads``: it does jobs too while the result that is next is not
-    there. A thread more would take a core, and the interpreter's lock, from the others (reading took a sixth longer).
+    there. A thread more would take a core, and the interpreter's lock, from the others.
     The others are started once they are needed, and stay: what they work in was new memory for each else.
     """
 
     def __init__(self, num_threads: int) -> None:
-        self.num_threads = num_threads
+        self._num_threads = num_threads
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
 
@@ -50,11 +50,11 @@ class Ahead:
         self, jobs: Iterable[_Job], run: Callable[[_Job], _Result], num_bytes: Callable[[_Job], int]
     ) -> Iterator[tuple[_Job, _Result]]:
         """Each job with its result, in order; an error comes where its job does."""
-        if self.num_threads <= 1:
+        if self._num_threads <= 1:
             for job in jobs:
                 yield job, run(job)
             return
-        room = self.num_threads + 1
+        room = self._num_threads + 1
         waiting: deque[tuple[_Job, Future[_Result]]] = deque()
         held = 0
         try:
@@ -62,7 +62,7 @@ class Ahead:
                 size = num_bytes(job)
                 while waiting and (
                     held + size > room * min(max(size, _PAGE_BYTES), LARGE_BYTES)
-                    or len(waiting) > 2 * self.num_threads
+                    or len(waiting) > 2 * self._num_threads
                 ):
                     held -= num_bytes(waiting[0][0])
                     yield _taken(waiting, run)
@@ -77,7 +77,7 @@ class Ahead:
     def _submit(self, run: Callable[[_Job], _Result], job: _Job) -> Future[_Result]:
         with self._lock:
             if self._pool is None:
-                self._pool = ThreadPoolExecutor(self.num_threads - 1, thread_name_prefix="fx-read")
+                self._pool = ThreadPoolExecutor(self._num_threads - 1, thread_name_prefix="fx-read")
             return self._pool.submit(run, job)
 
 

@@ -176,8 +176,7 @@ def read_directory(raw: Bytes, header: BlockHeader) -> Directory:
     count = header.num_rows
     table = np.frombuffer(raw, np.uint8, count * ROW_BYTES).reshape(ROW_BYTES, count)
     rows = table.T.copy(order="C").view(ROW_DTYPE).reshape(count)
-    # A page of one record, as those of a long prefill are, has no differences.
-    for name in (ROW_DTYPE.names or ()) if count > 1 else ():
+    for name in ROW_DTYPE.names or ():
         rows[name] = np.cumsum(rows[name], dtype=rows[name].dtype)
     shapes: list[Shape] = []
     position = count * ROW_BYTES

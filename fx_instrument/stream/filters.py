@@ -300,7 +300,7 @@ def _parts(
     if isinstance(plane, np.ndarray):
         lying: tuple[U8, ...] = (plane[first : first + num_bytes],)
     else:
-        # What is worked on in one go begins with a block.
+        assert first % RAW_BLOCK_BYTES == 0, "what is worked on in one go begins with a block"
         number, num_whole = first // RAW_BLOCK_BYTES, num_bytes // RAW_BLOCK_BYTES
         lying = plane[0][number : number + num_whole], plane[1][: num_bytes - num_whole * RAW_BLOCK_BYTES]
     if sum(part.size for part in lying) != num_bytes:

@@ -74,9 +74,9 @@ class OpenPages:
 
     def _put_parts(self, meta: RecordMeta, data: U8, done: Done | None) -> None:
         """Cut a record that is larger than a page into nearly equal parts, each a page of its own."""
-        count = -(-len(data) // self._page_bytes)
+        count = -(-len(data) // (self._page_bytes - self._page_bytes % ALIGNMENT))
         part_bytes = -(-len(data) // count)
-        part_bytes += -part_bytes % min(ALIGNMENT, self._page_bytes)
+        part_bytes += -part_bytes % ALIGNMENT
         starts = range(0, len(data), part_bytes)
         part_done = None if done is None else Countdown(len(starts), done)
         for start in starts:

@@ -188,8 +188,8 @@ def stored_zstd_blocks(data: memoryview, plane_bytes: int) -> tuple[U8, U8]:
     The whole blocks are rows, (blocks, ``RAW_BLOCK_BYTES``), the last one may be shorter.
     """
     num_whole, rest = divmod(plane_bytes, RAW_BLOCK_BYTES)
-    start, stride = _ZSTD_RAW_HEAD.size + 3, 3 + RAW_BLOCK_BYTES
-    if start + num_whole * stride + (rest or -3) > len(data):
+    start, stride = _ZSTD_RAW_HEAD.size + _RAW_BLOCK_HEAD_BYTES, _RAW_BLOCK_HEAD_BYTES + RAW_BLOCK_BYTES
+    if start + num_whole * stride + (rest or -_RAW_BLOCK_HEAD_BYTES) > len(data):
         raise CorruptStreamError("a stored plane is shorter than its page")
     rows = np.empty((0, RAW_BLOCK_BYTES), np.uint8)
     if num_whole:
@@ -200,7 +200,7 @@ def stored_zstd_blocks(data: memoryview, plane_bytes: int) -> tuple[U8, U8]:
 def stored_zstd_bytes(frame_bytes: int) -> int:
     """Raw bytes of a hand-built zstd frame of so many bytes."""
     rest = frame_bytes - _ZSTD_RAW_HEAD.size
-    blocks = max(1, -(-rest // (RAW_BLOCK_BYTES + 3)))
-    if rest < 3 * blocks:
+    blocks = max(1, -(-rest // (RAW_BLOCK_BYTES + _RAW_BLOCK_HEAD_BYTES)))
+    if rest < _RAW_BLOCK_HEAD_BYTES * blocks:
         raise CorruptStreamError(f"a zstd frame of raw blocks has {frame_bytes} bytes")
-    return rest - 3 * blocks
+    return rest - _RAW_BLOCK_HEAD_BYTES * blocks

@@ -122,7 +122,7 @@ class Scan:
     def _known_rows(self, segment: int, block: Block) -> npt.NDArray[np.void]:
         """The directory's rows, after a look whether the site table names their sites."""
         known = self._global_ids[segment]
-        for local in set(block.directory.rows["site"].tolist()):
+        for local in np.unique(block.directory.rows["site"]).tolist():
             if local not in known:
                 raise CorruptStreamError(
                     f"{self._placed[segment].file.path}: a record is of site {local}, which no table names"

@@ -253,7 +253,7 @@ class StreamWriter:
                     stored.tier,
                     page.raw_bytes,
                     stored.num_bytes,
-                    seconds if encoder is not None and encoder.typical else None,
+                    seconds if stored.typical else None,
                 )
 
     def _release(self, page: Page) -> None:
@@ -330,12 +330,14 @@ class StreamWriter:
                     inputs=self._inputs,
                 )
                 self.tiers.written(num_bytes, time.perf_counter() - started_s)
-        return _Stored(tier, encoded.payload_bytes, waited_s)
+        return _Stored(tier, encoded.payload_bytes, encoder.typical, waited_s)
 
 
 class _Stored(NamedTuple):
-    """A page that was stored: how, in how many bytes, and the seconds that it waited for earlier ones."""
+    """A page that was stored: how, in how many bytes, whether in the time that pages take, and how long it waited for
+    earlier ones."""
 
     tier: int
     num_bytes: int
+    typical: bool
     waited_s: float
