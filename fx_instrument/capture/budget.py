@@ -25,6 +25,8 @@ class HostBudget:
         self._held = 0
         self._num_waiting = 0
         self._freed = 0
+        self._still_held = 0
+        self._postponed = 0
         self._open = True
         self._changed = threading.Condition()
 
@@ -68,10 +70,26 @@ class HostBudget:
         """Count out bytes whose memory was freed."""
         with self._changed:
             trim = self._freed_so(num_bytes)
-            self._held -= num_bytes
+            postponed = min(num_bytes, self._still_held - self._postponed)
+            self._postponed += postponed
+            self._held -= num_bytes - postponed
             self._changed.notify_all()
         if trim:
             return_freed_memory()
+
+    def hold(self, num_bytes: int) -> None:
+        """Until ``let_go``, so many bytes stay counted whatever is released: a graph that runs has them still."""
+        with self._changed:
+            self._still_held += num_bytes
+
+    def let_go(self, num_bytes: int) -> None:
+        """The graph has returned; what was released meanwhile is counted out."""
+        with self._changed:
+            self._still_held -= num_bytes
+            over = max(0, self._postponed - self._still_held)
+            self._postponed -= over
+            self._held -= over
+            self._changed.notify_all()
 
     def _freed_so(self, num_bytes: int) -> bool:
         """True where the holes that values leave on the heap could take resident memory over the bound.

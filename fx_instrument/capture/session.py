@@ -35,6 +35,10 @@ class _Ticket:
     device: torch.device | None = None
     overwritten: bool = False
     """The values lie where the next run of their graph writes."""
+    early: bool = False
+    """The values may be delivered while their graph still runs."""
+    held_bytes: int = 0
+    """Of values that were, and that it holds."""
 
 
 class Session:
@@ -126,6 +130,7 @@ class Session:
         device: torch.device | None = None,
         device_bytes: int = 0,
         replays: bool = False,
+        early: bool = False,
     ) -> _Ticket:
         total = num_bytes + len(sites) * RECORD_OVERHEAD_BYTES
         needed = 2 * total if self._drop else total
@@ -143,14 +148,14 @@ class Session:
             return self._reserve_on(device, device_bytes, total, overwritten=replays)
         if not self._drop or needed > self._budget.limit_bytes:
             granted = self._acquire(total)
-            return _Ticket(total if granted else 0, dropped=not granted)
+            return _Ticket(total if granted else 0, dropped=not granted, early=early)
         # The graph computes its values, dropped or not. So room for another run of the largest that there was is
         # left free, and a run that is dropped takes it until it is over.
         with self._lock:
             leave = self._largest_run_bytes = max(self._largest_run_bytes, total)
         if self._acquire(total, leave_bytes=leave):
-            return _Ticket(total, dropped=False)
-        return _Ticket(total if self._budget.acquire(total, wait=True) else 0, dropped=True)
+            return _Ticket(total, dropped=False, early=early)
+        return _Ticket(total if self._budget.acquire(total, wait=True) else 0, dropped=True, early=early)
 
     def _reserve_on(
         self, device: torch.device, device_bytes: int, total: int, *, overwritten: bool
@@ -170,6 +175,11 @@ class Session:
         if ticket.num_bytes:
             self._budget.release(ticket.num_bytes)
 
+    def returned(self, ticket: _Ticket) -> None:
+        held, ticket.held_bytes = ticket.held_bytes, 0
+        if held:
+            self._budget.let_go(held)
+
     def deliver(
         self,
         ticket: _Ticket,
@@ -179,6 +189,9 @@ class Session:
     ) -> None:
         number = self._steps.number()
         names, calls = self._steps.count(sites)
+        if ticket.early and ticket.num_bytes:
+            ticket.held_bytes = ticket.num_bytes
+            self._budget.hold(ticket.num_bytes)
         if ticket.dropped:
             self._count_dropped(names)
             # The caller of this holds the values for a moment more.

@@ -14,6 +14,7 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import is_fake
 
 from ..errors import RewriteError
+from .early import Taker
 from .marker import Marker, Sink, is_recomputing
 from .rewrite import Rewritten, Sampling, insert_captures
 from .shapes import SizeReader
@@ -76,6 +77,8 @@ class CaptureBackend:
         self._sampling = sampling
         self._inner = resolve_inner(inner, mode, options, dynamic)
         self._strict = strict
+        # Other compilers, and C++ around the kernels, may not know how to call an op of ours.
+        self._hand_over = inner == "inductor" and not (options or {}).get("cpp_wrapper")
         self.replays = _replays(inner, mode, options)
         """Whether its graphs may run as CUDA graphs, where they have a CUDA device."""
         self.compiler_name = getattr(self._inner, "compiler_name", None) or str(inner)
@@ -85,7 +88,7 @@ class CaptureBackend:
             return self._is_wanted(mark, example_inputs[token])
 
         sizes = SizeReader(gm)
-        rewritten = insert_captures(gm, is_wanted, self._sampling)
+        rewritten = insert_captures(gm, is_wanted, self._sampling, hand_over=self._hand_over)
         if rewritten is None:
             compiled: Compiled = self._inner(gm, example_inputs, **kwargs)
             return compiled
@@ -175,6 +178,7 @@ class CapturedGraph:
         self._finder = finder
         self.planned = rewritten.planned
         self._num_outputs = rewritten.num_outputs
+        self._hands_over = rewritten.hands_over
         self._begins, self._ends = rewritten.begins_step, rewritten.ends_step
         self._input_names, self._inputs = rewritten.input_names, rewritten.inputs
         kept = [planned.kept for planned in rewritten.planned]
@@ -227,30 +231,53 @@ class CapturedGraph:
                 replays=self._replays,
             )
         elif num_bytes is not None:
-            ticket = sink.reserve(sites, num_bytes)
-        try:
-            outputs = self._compiled(*self._arguments(args))
-        except BaseException:
-            if ticket is not None:
-                sink.cancel(ticket)
-            raise
-        values = outputs[self._num_outputs :]
-        if len(values) != chosen.num_planned:
-            if ticket is not None:
-                sink.cancel(ticket)
-            raise RewriteError(
-                f"a graph with {chosen.num_planned} planned captures returned {len(values)}: the inner backend changed "
-                f"the graph's outputs, so its values can't be told apart"
-            )
+            ticket = sink.reserve(sites, num_bytes, early=self._hands_over)
         if chosen.keep is not None and full_shapes is not None:
             full_shapes = [full_shapes[index] for index in chosen.keep]
-        if chosen.keep is not None:
-            values = [values[index] for index in chosen.keep]
+        if self._hands_over and ticket is not None:
+
+            def take(values: Sequence[torch.Tensor]) -> None:
+                sink.deliver(ticket, sites, chosen.kept_of(values), full_shapes)
+
+            return self._finish(sink, chosen, self._run_early(args, sink, ticket, take))
+        outputs, values = self._run(args, sink, ticket)
+        values = chosen.kept_of(values)
         if ticket is None:
             # The size depends on the data: it is known only now.
             ticket = sink.reserve(sites, sum(value.nbytes for value in values))
         sink.deliver(ticket, sites, values, full_shapes)
         return self._finish(sink, chosen, outputs)
+
+    def _run(
+        self, args: Sequence[Any], sink: Sink, ticket: Any, taker: Taker | None = None
+    ) -> tuple[Sequence[Any], Sequence[torch.Tensor]]:
+        """The graph's outputs and the values among them; if it fails, their room is given back."""
+        try:
+            outputs = self._compiled(*self._arguments(args))
+            values = outputs[self._num_outputs : len(outputs) - self._hands_over]
+            if len(values) != len(self.planned):
+                raise RewriteError(
+                    f"a graph with {len(self.planned)} planned captures returned {len(values)}: the inner backend "
+                    f"changed the graph's outputs, so its values can't be told apart"
+                )
+        except BaseException:
+            if ticket is not None and not (taker is not None and taker.took):
+                sink.cancel(ticket)
+            raise
+        return outputs, values
+
+    def _run_early(
+        self, args: Sequence[Any], sink: Sink, ticket: Any, take: Callable[[Sequence[torch.Tensor]], None]
+    ) -> Sequence[Any]:
+        """The graph's outputs; its values are taken while it runs. If it fails after that, they stay captured."""
+        try:
+            with Taker(take) as taker:
+                outputs, values = self._run(args, sink, ticket, taker)
+            if not taker.took:
+                take(values)
+            return outputs
+        finally:
+            sink.returned(ticket)
 
     def _finish(self, sink: Sink, chosen: _Chosen, outputs: Sequence[Any]) -> Any:
         witness = self._marker.witness
@@ -274,7 +301,6 @@ class CapturedGraph:
             known = self._known[key] = _Chosen(
                 sites,
                 frozenset(site.name for site in sites),
-                len(found),
                 None if len(sites) == len(found) else keep,
             )
         return known
@@ -286,9 +312,11 @@ class _Chosen:
 
     sites: tuple[Site, ...]
     names: frozenset[str]
-    num_planned: int
     keep: tuple[int, ...] | None
     """Which of the planned values; None for all."""
+
+    def kept_of(self, values: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return values if self.keep is None else [values[index] for index in self.keep]
 
 
 def _picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

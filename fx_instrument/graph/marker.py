@@ -48,6 +48,7 @@ class Sink(Protocol):
         device: torch.device | None = None,
         device_bytes: int = 0,
         replays: bool = False,
+        early: bool = False,
     ) -> Any:
         """Make room before a graph runs: waits, refuses, or answers that the values are to be dropped.
 
@@ -57,6 +58,7 @@ class Sink(Protocol):
             device: where the others are; None if there are none.
             device_bytes: of those; 0 where the data decides.
             replays: they may lie where the graph's next run writes.
+            early: they may be delivered while the graph still runs and holds them; ``returned`` follows in any case.
         """
 
     def deliver(
@@ -70,6 +72,9 @@ class Sink(Protocol):
 
     def cancel(self, ticket: Any) -> None:
         """Give back the room of a graph that failed."""
+
+    def returned(self, ticket: Any) -> None:
+        """The graph of a ticket that was reserved as early is over, and lets go of its values."""
 
     def record_eager(self, site: Site, value: torch.Tensor) -> None:
         """Take a copy of a value that was computed outside any graph."""

@@ -6,8 +6,8 @@
              return (%logits,)                                %h      = add(%res, %attn)
                                                               return (%logits, %clone)
 
-Only plain torch functions are inserted: Inductor elides the clone where the value is materialised anyway, and
-the FX-graph and AOTAutograd caches take the graph. The clone stands where the module returned, so that what is
+Only plain torch functions are inserted, and ``early.hand_over`` where it pays: Inductor elides the clone where the value
+is materialised anyway, and the FX-graph and AOTAutograd caches take the graph. The clone stands where the module returned, so that what is
 changed in place later (Falcon's ``mlp_output += attention_output``) is captured before.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..errors import RewriteError
 from ..sampling import fold_seed, num_samples, place
+from . import early
 from .marker import MARKS, step_begin, tap
 from .nested import copy_graph, has_marks, lift_marks
 from .scope import plant_op_taps
@@ -70,16 +71,21 @@ class Rewritten:
     """Names of the integer inputs of the step that this graph begins."""
     inputs: tuple[int, ...]
     """Where they stand among the traced graph's arguments."""
+    hands_over: bool
+    """Whether the graph calls ``early.hand_over``, whose result is its last output."""
 
 
 def insert_captures(
     gm: fx.GraphModule,
     is_wanted: Callable[[fx.Node, int], bool],
     sampling: Sampling | None,
+    *,
+    hand_over: bool = False,
 ) -> Rewritten | None:
     """Replace every mark in a copy of ``gm`` by capture ops; None if ``gm`` has no mark.
 
-    Where ``is_wanted(mark, argument index of its token)`` says no, the mark is only removed.
+    Where ``is_wanted(mark, argument index of its token)`` says no, the mark is only removed. With ``hand_over`` the values
+    of a graph on the host are handed over before the rest of it runs, where that pays.
 
     Raises:
         RewriteError: a value is no plain tensor, a graph holds two forward calls of the model, or a mark stands in a
@@ -135,7 +141,9 @@ def insert_captures(
     (values,) = output.args
     if not isinstance(values, (tuple, list)):
         raise RewriteError(f"the traced graph returns {values!r}, a tuple was expected")
-    output.args = ((*values, *extra),)
+    hands_over = hand_over and _is_on_host(placeholders) and early.is_worthwhile(p.kept for p in planned)
+    there = [_hand_over(graph, extra)] if hands_over else []
+    output.args = ((*values, *extra, *there),)
     # Tokens tell at run time whose values left; to the compiler they would be arguments on another device.
     arguments = []
     for index, placeholder in enumerate(placeholders):
@@ -156,7 +164,21 @@ def insert_captures(
         ends,
         input_names,
         inputs,
+        hands_over,
     )
+
+
+def _is_on_host(placeholders: list[fx.Node]) -> bool:
+    fakes = (placeholder.meta.get("example_value") for placeholder in placeholders)
+    return all(fake.device.type == "cpu" for fake in fakes if isinstance(fake, torch.Tensor))
+
+
+def _hand_over(graph: fx.Graph, extra: Sequence[fx.Node]) -> fx.Node:
+    """Hand over all values behind the last one."""
+    with graph.inserting_before(extra[-1].next):
+        inserter = _Inserter(graph, extra[-1])
+        there = inserter.call(early.hand_over, [fx.Proxy(node, inserter) for node in extra])
+        return inserter.call(operator.getitem, there, 0).node
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

@@ -111,13 +111,19 @@ class Router:
         device: torch.device | None = None,
         device_bytes: int = 0,
         replays: bool = False,
+        early: bool = False,
     ) -> _Ticket | None:
         lane = self._enter_again()
         if lane is None:
             return None
         with self._shielded(lane):
             inner = lane.session.reserve(
-                sites, num_bytes, device=device, device_bytes=device_bytes, replays=replays
+                sites,
+                num_bytes,
+                device=device,
+                device_bytes=device_bytes,
+                replays=replays,
+                early=early,
             )
             return _Ticket(lane, inner)
         self._files.leave(lane)
@@ -140,6 +146,11 @@ class Router:
             with self._shielded(ticket.lane):
                 ticket.lane.session.cancel(ticket.inner)
             self._files.leave(ticket.lane)
+
+    def returned(self, ticket: _Ticket | None) -> None:
+        if ticket is not None:
+            # No lane is needed any longer: the file may be closed by now.
+            ticket.lane.session.returned(ticket.inner)
 
     def record_eager(self, site: Site, value: torch.Tensor) -> None:
         lane = self._enter_again()
