@@ -146,7 +146,9 @@ def test_a_pass_that_changes_the_graph_is_found_out(monkeypatch: pytest.MonkeyPa
     model = make(PLAIN)
 
     def verified(change: Callable[[Any], Any]) -> Any:
-        monkeypatch.setattr(backend_room, "insert_captures", lambda *args: change(original(*args)))
+        monkeypatch.setattr(
+            backend_room, "insert_captures", lambda *args, **more: change(original(*args, **more))
+        )
         framework = InstrumentationFramework()
         framework.instrument_model(model, backend="eager")
         with torch.no_grad():

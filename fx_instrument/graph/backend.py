@@ -77,8 +77,8 @@ class CaptureBackend:
         self._sampling = sampling
         self._inner = resolve_inner(inner, mode, options, dynamic)
         self._strict = strict
-        # Other compilers, and C++ around the kernels, may not know how to call an op of ours.
-        self._hand_over = inner == "inductor" and not (options or {}).get("cpp_wrapper")
+        # Other compilers may not know how to call an op of ours.
+        self._hand_over = inner == "inductor"
         self.replays = _replays(inner, mode, options)
         """Whether its graphs may run as CUDA graphs, where they have a CUDA device."""
         self.compiler_name = getattr(self._inner, "compiler_name", None) or str(inner)

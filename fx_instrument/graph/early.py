@@ -22,9 +22,9 @@ import torch
 FROM_BYTES = 4 << 20
 """Less is compressed within a few milliseconds anyway, and the op takes a tenth of one."""
 
-_library = torch.library.Library("fx_instrument", "DEF")
+_library = torch.library.Library("fx_instrument", "DEF")  # type: ignore[no-untyped-call]
 # Two results: Inductor moves what has one user to just before that user, which would be the graph's output.
-_library.define("hand_over(Tensor[] values) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define("hand_over(Tensor[] values) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
 
 
 class Taker:
@@ -65,7 +65,7 @@ def _hand_over(values: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return _nothing()
 
 
-_library.impl("hand_over", _hand_over, "CompositeExplicitAutograd")
+_library.impl("hand_over", _hand_over, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("fx_instrument::hand_over", lambda values: _nothing(), lib=_library)
 hand_over = torch.ops.fx_instrument.hand_over.default
 

@@ -6,9 +6,9 @@
              return (%logits,)                                %h      = add(%res, %attn)
                                                               return (%logits, %clone)
 
-Only plain torch functions are inserted, and ``early.hand_over`` where it pays: Inductor elides the clone where the value
-is materialised anyway, and the FX-graph and AOTAutograd caches take the graph. The clone stands where the module returned, so that what is
-changed in place later (Falcon's ``mlp_output += attention_output``) is captured before.
+Only plain torch functions are inserted, and ``early.hand_over`` where that pays: Inductor elides the clone where the
+value is materialised anyway, and the FX-graph and AOTAutograd caches take the graph. The clone stands where the module
+returned, so that what is changed in place later (Falcon's ``mlp_output += attention_output``) is captured before.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def insert_captures(
 ) -> Rewritten | None:
     """Replace every mark in a copy of ``gm`` by capture ops; None if ``gm`` has no mark.
 
-    Where ``is_wanted(mark, argument index of its token)`` says no, the mark is only removed. With ``hand_over`` the values
-    of a graph on the host are handed over before the rest of it runs, where that pays.
+    Where ``is_wanted(mark, argument index of its token)`` says no, the mark is only removed. With ``hand_over`` the
+    values of a graph on the host are handed over before the rest of it runs, where that pays.
 
     Raises:
         RewriteError: a value is no plain tensor, a graph holds two forward calls of the model, or a mark stands in a
