@@ -27,6 +27,8 @@ PACKAGES = {
     "torchlens": "torchlens",
     "llm-instrumentation": "llm-instrumentation",
 }
+SLOW = ("torchlens",)
+"""Twenty times as slow as the model: of these one call stands for a block of them, or they would take minutes."""
 
 
 class Kept:

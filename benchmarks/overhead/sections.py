@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,8 @@ def beside(name: str, options: Options) -> dict[str, dict[str, Any]]:
         peer = peers.peer(name, setup)
         if isinstance(peer, str):
             return {name: {"error": peer}}
-        rows = table([variants.compiled(setup), peer], PEER_WORKLOAD, setup.model, options)["variants"]
+        workload = PEER_WORKLOAD if name not in peers.SLOW else replace(PEER_WORKLOAD, steps=1)
+        rows = table([variants.compiled(setup), peer], workload, setup.model, options)["variants"]
         return {f"{BASE}, beside {name}": rows.pop(BASE), **rows}
 
 

@@ -22,10 +22,6 @@ import torch
 FROM_BYTES = 4 << 20
 """Less is compressed within a few milliseconds anyway, and the op takes a tenth of one."""
 
-_library = torch.library.Library("fx_instrument", "DEF")  # type: ignore[no-untyped-call]
-# Two results: Inductor moves what has one user to just before that user, which would be the graph's output.
-_library.define("hand_over(Tensor[] values) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-
 
 class Taker:
     """Takes the values of one run of a graph on this thread from the op, once, while it is entered."""
@@ -55,18 +51,21 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def _nothing() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty(0, device="cpu"), torch.empty(0, device="cpu")
-
-
+# Two results: Inductor moves what has one user to just before that user, which would be the graph's output.
+@torch.library.custom_op(
+    "fx_instrument::hand_over", mutates_args=(), schema="(Tensor[] values) -> (Tensor, Tensor)"
+)
 def _hand_over(values: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     if _thread.taker is not None:
         _thread.taker(values)
     return _nothing()
 
 
-_library.impl("hand_over", _hand_over, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("fx_instrument::hand_over", lambda values: _nothing(), lib=_library)
+def _nothing() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(0, device="cpu"), torch.empty(0, device="cpu")
+
+
+_hand_over.register_fake(lambda values: _nothing())
 hand_over = torch.ops.fx_instrument.hand_over.default
 
 

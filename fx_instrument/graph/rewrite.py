@@ -141,7 +141,9 @@ def insert_captures(
     (values,) = output.args
     if not isinstance(values, (tuple, list)):
         raise RewriteError(f"the traced graph returns {values!r}, a tuple was expected")
-    hands_over = hand_over and _is_on_host(placeholders) and early.is_worthwhile(p.kept for p in planned)
+    # Samples would be taken where they are handed over, and all whole values kept until then.
+    hands_over = hand_over and sampling is None and _is_on_host(placeholders)
+    hands_over = hands_over and early.is_worthwhile(p.kept for p in planned)
     there = [_hand_over(graph, extra)] if hands_over else []
     output.args = ((*values, *extra, *there),)
     # Tokens tell at run time whose values left; to the compiler they would be arguments on another device.
