@@ -61,6 +61,8 @@ def serving(folder: Path, model: Path | None, timeout_s: int = 180) -> Iterator[
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # Ignored in what a shell runs in the background, which its children would inherit.
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         ) as process,
     ):
         try:
