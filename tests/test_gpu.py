@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from hooks import eager_values, same_bits
-from models import make, tokens
+from models import PLAIN, Decoder, make, tokens
 from tiny_llm import tiny_llama
 from torch import nn
 from torch._dynamo.utils import counters
@@ -318,12 +318,12 @@ def test_pinned_memory_is_what_was_asked_for() -> None:
     """To the page, page-locked for CUDA, and the same for the next capture of that size."""
     engine = CudaEngine()
     size = 33_000_000
-    memory = engine.allocate(size)
+    memory = engine.allocate(size, torch.device("cuda:0"))
     assert memory.nbytes == size and memory.is_pinned()
     engine.free(memory)
-    again = engine.allocate(size)
+    again = engine.allocate(size, torch.device("cuda:0"))
     assert again.data_ptr() == memory.data_ptr()
-    other = engine.allocate(size)
+    other = engine.allocate(size, torch.device("cuda:0"))
     assert other.data_ptr() != again.data_ptr()
     value = torch.randint(0, 255, (size,), dtype=torch.uint8, device="cuda")
     engine.copy(other, value, engine.mark(value.device)).synchronize()
@@ -463,13 +463,48 @@ def test_an_exported_program(tmp_path: Path) -> None:
     check_values(path, model, [value] * 3)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@two_devices
 def test_a_model_on_the_second_device(tmp_path: Path) -> None:
+    """Its copies don't go through the first one, which gets no memory of ours."""
     model = make().to("cuda:1")
     eager = copy.deepcopy(model)
     framework = InstrumentationFramework()
     framework.instrument_model(model)
     inputs = [tokens(2, 16, seed=seed).to("cuda:1") for seed in range(STEPS)]
+    path = tmp_path / "g.stream"
+    allocated = torch.cuda.memory_allocated(0)
+    with torch.no_grad(), framework.capture_activations(path):
+        for value in inputs:
+            model(value)
+    assert torch.cuda.memory_allocated(0) == allocated
+    check_values(path, eager, inputs)
+
+
+class Split(Decoder):
+    """Each layer computes where its weights are."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x.to(layer.mlp.up.weight.device))
+        logits: torch.Tensor = self.lm_head(x.to(self.lm_head.weight.device))
+        return logits
+
+
+@two_devices
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("max_memory_gb", [1.0, 0.004], ids=["roomy", "piece by piece"])
+def test_a_model_split_over_two_devices(tmp_path: Path, mode: str, max_memory_gb: float) -> None:
+    """One graph whose values come from both: all of them right, in the order of the sites."""
+    model = Split(PLAIN).eval().to("cuda:0")
+    model.layers[1].to("cuda:1")
+    eager = copy.deepcopy(model)
+    framework = InstrumentationFramework(InstrumentationConfig(max_memory_gb=max_memory_gb))
+    framework.instrument_model(model, mode=mode)
+    inputs = [tokens(8, 1024, seed=seed).to("cuda:0") for seed in range(STEPS)]
     path = tmp_path / "g.stream"
     with torch.no_grad(), framework.capture_activations(path):
         for value in inputs:

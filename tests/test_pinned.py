@@ -13,12 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from simulated_device import Device, Memory, Value
+from simulated_device import DEVICE, SECOND, Device, Memory, Value
 
-from fx_instrument.capture import layout
+from fx_instrument.capture import cuda, layout
 from fx_instrument.capture.pinned import Arrival, Landing, PinnedTransfer
 from fx_instrument.capture.ring import ALIGNMENT, Ring, Span
-from fx_instrument.errors import BufferTooSmallError
+from fx_instrument.errors import BufferTooSmallError, CaptureFailedError
 
 CAPACITY = 16 * ALIGNMENT
 
@@ -46,8 +46,16 @@ def test_spans_in_use_never_overlap(asked: list[tuple[int, random.Random]]) -> N
     assert ring.take(CAPACITY) is not None and ring.take(0) is None
 
 
+DEVICES = st.sampled_from([DEVICE, SECOND])
+SIZES = st.tuples(st.integers(0, CAPACITY), DEVICES)
+SMALL_SIZES = st.tuples(st.integers(0, 60), DEVICES)
+
+
 class Interleavings(RuleBasedStateMachine):
-    """Graph runs, copies, arrivals and released records in any order: each record has its own run's bytes."""
+    """Graph runs, copies, arrivals and released records in any order: each record has its own run's bytes.
+
+    Values of a run may lie on two devices, whose streams know nothing of each other.
+    """
 
     @initialize(small=st.sampled_from([0, 200, layout._SMALL_BYTES]))
     def begin(self, small: int) -> None:
@@ -55,7 +63,8 @@ class Interleavings(RuleBasedStateMachine):
         self.patch.start()
         self.device = Device()
         self.transfer = PinnedTransfer(CAPACITY, self.device)
-        self.static = [Memory(n) for n in (40, 300, 700)]  # what a CUDA graph writes at each replay
+        # What a CUDA graph writes at each replay.
+        self.static = [(Memory(40), DEVICE), (Memory(300), SECOND), (Memory(700), DEVICE)]
         self.runs = 0
         self.queue: deque[tuple[Landing, list[torch.Tensor]]] = deque()
         self.draining: tuple[Iterator[Arrival], list[torch.Tensor]] | None = None
@@ -64,23 +73,23 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule(
         replays=st.booleans(),
-        sizes=st.lists(st.integers(0, CAPACITY), min_size=1, max_size=5)
-        | st.lists(st.integers(0, 60), min_size=1, max_size=3),
+        sizes=st.lists(SIZES, min_size=1, max_size=5) | st.lists(SMALL_SIZES, min_size=1, max_size=3),
         is_told=st.booleans(),
     )
-    def run_graph(self, replays: bool, sizes: list[int], is_told: bool) -> None:
+    def run_graph(self, replays: bool, sizes: list[tuple[int, torch.device]], is_told: bool) -> None:
         self.runs += 1
-        memories = self.static if replays else [Memory(size) for size in sizes]
-        num_bytes = sum(len(memory.data) for memory in memories) if is_told else 0
+        memories = self.static if replays else [(Memory(size), device) for size, device in sizes]
+        num_bytes = sum(len(memory.data) for memory, _ in memories) if is_told else 0
         is_small = 0 < num_bytes <= CAPACITY // 4
         admitted = self.transfer.admit(num_bytes, wait=False)
-        has_room = self.transfer.ring.has_room(num_bytes + num_bytes // 64 + ALIGNMENT)
+        has_room = self.transfer.ring.has_room(num_bytes + num_bytes // 64 + 2 * ALIGNMENT)
         assert admitted or len(self.transfer._waiting) > 1 or (is_small and not has_room)
-        values = [Value(self.device, memory, owns=not replays) for memory in memories]
+        values = [Value(self.device, memory, owns=not replays, on=device) for memory, device in memories]
         expected = []
-        for number, memory in enumerate(memories):
+        for number, (memory, device) in enumerate(memories):
             content = (torch.arange(len(memory.data)) * 7 + self.runs * 31 + number).to(torch.uint8)
-            self.device.compute.append(lambda data=memory.data, content=content: data.copy_(content))
+            stream = self.device.computes[device]
+            stream.append(lambda data=memory.data, content=content: data.copy_(content))
             expected.append(content)
         if not admitted:
             return  # dropped
@@ -88,19 +97,19 @@ class Interleavings(RuleBasedStateMachine):
             nothing_waits = not self.transfer._waiting
             landing = self.transfer.start(values, overwritten=replays)
             self.queue.append((landing, expected))
-            if is_small and nothing_waits and landing.layout.gathers:
+            if is_small and nothing_waits and landing.layout.gathers and len(landing.pieces) <= 2:
                 assert landing.is_started, "it was let in once there was room"
         self.started += len(values)
 
-    @rule(times=st.integers(1, 6))
-    def compute(self, times: int) -> None:
+    @rule(times=st.integers(1, 6), device=DEVICES)
+    def compute(self, times: int, device: torch.device) -> None:
         for _ in range(times):
-            self.device.advance(self.device.compute)
+            self.device.advance(self.device.computes[device])
 
-    @rule(times=st.integers(1, 6))
-    def copy(self, times: int) -> None:
+    @rule(times=st.integers(1, 6), device=DEVICES)
+    def copy(self, times: int, device: torch.device) -> None:
         for _ in range(times):
-            self.device.advance(self.device.copies)
+            self.device.advance(self.device.copies_of[device])
 
     @precondition(lambda self: self.draining or self.queue)
     @rule()
@@ -349,3 +358,22 @@ def test_after_a_failure_nothing_waits() -> None:
     thread.join(60)
     assert answers == [False]
     assert not transfer._waiting and not landing.pieces
+
+
+def test_host_memory_is_locked_for_every_device_and_kept_for_the_next_capture() -> None:
+    """Each block is unlocked once it is needed no more; what CUDA refuses is said with its size."""
+    runtime = mock.Mock(**{"cudaHostRegister.return_value": 0})
+    with mock.patch.object(cuda, "_runtime", lambda: runtime):
+        pinned = cuda._Pinned()
+        first = pinned.take(8192)
+        address = first.data_ptr()
+        runtime.cudaHostRegister.assert_called_once_with(address, 8192, cuda._FOR_EVERY_DEVICE)
+        pinned.give_back(first)
+        assert pinned.take(8192) is first and not runtime.cudaHostUnregister.called
+        pinned.give_back(first)
+        second = pinned.take(4096)
+        runtime.cudaHostUnregister.assert_called_once_with(address)
+        pinned.give_back(second)
+        runtime.cudaHostRegister.return_value = 2
+        with pytest.raises(CaptureFailedError, match="can't lock 8192 bytes"):
+            pinned.take(8192)

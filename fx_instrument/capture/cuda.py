@@ -12,6 +12,10 @@ import torch
 from ..errors import CaptureFailedError
 from .pinned import Event, Place
 
+_FOR_EVERY_DEVICE = 1
+"""``cudaHostRegisterPortable``: of memory that is registered, not allocated, CUDA promises only with it that devices
+other than the current one find it page-locked too."""
+
 
 class CudaEngine:
     """Copies on one stream a device, beside the streams that run the model.
@@ -25,8 +29,10 @@ class CudaEngine:
         self._gathered: dict[Place, _Gathered] = {}
         self._lock = threading.Lock()
 
-    def allocate(self, num_bytes: int) -> torch.Tensor:
-        return _PINNED.take(num_bytes)
+    def allocate(self, num_bytes: int, device: torch.device) -> torch.Tensor:
+        # The device that is current here may be another one, which would make a context only for this.
+        with torch.cuda.device(device):
+            return _PINNED.take(num_bytes)
 
     def free(self, memory: torch.Tensor) -> None:
         _PINNED.give_back(memory)
@@ -142,7 +148,7 @@ class _Pinned:
             pages.madvise(mmap.MADV_HUGEPAGE)
         with torch.inference_mode(False):
             memory = torch.frombuffer(pages, dtype=torch.uint8)
-        status = _runtime().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+        status = _runtime().cudaHostRegister(memory.data_ptr(), memory.nbytes, _FOR_EVERY_DEVICE)
         if int(status):
             raise CaptureFailedError(
                 f"CUDA can't lock {num_bytes} bytes of host memory for captured values ({status}); lower "

@@ -47,8 +47,8 @@ class Event(Protocol):
 class CopyEngine(Protocol):
     """What a device does for a transfer; ``cuda.py`` has the real one, tests a simulated one."""
 
-    def allocate(self, num_bytes: int) -> torch.Tensor:
-        """Page-locked host memory, uint8; called once."""
+    def allocate(self, num_bytes: int, device: torch.device) -> torch.Tensor:
+        """Host memory, uint8, page-locked for every device; called once, for the first values, on ``device``."""
 
     def free(self, memory: torch.Tensor) -> None:
         """Take back what ``allocate`` gave."""
@@ -117,8 +117,8 @@ class PinnedTransfer:
         self._engine.check()
         needed = 0
         if 0 < num_bytes <= self.ring.capacity_bytes // 4:
-            # What lies between values and pieces is not known yet.
-            needed = num_bytes + num_bytes // 64 + ALIGNMENT
+            # What lies between values, and between the pieces of two devices, is not known yet.
+            needed = num_bytes + num_bytes // 64 + 2 * ALIGNMENT
         with self._changed:
             if self._open and self._is_free() and (not needed or self.ring.has_room(needed)):
                 return True
@@ -158,7 +158,7 @@ class PinnedTransfer:
                 f"{self.ring.capacity_bytes} bytes; raise max_memory_gb, or capture fewer sites or samples"
             )
         if self._memory is None:
-            self._memory = self._engine.allocate(self.ring.capacity_bytes)
+            self._memory = self._engine.allocate(self.ring.capacity_bytes, next(iter(layout.starts)))
         landing = Landing(self, layout, values)
         with self._changed:
             try:
