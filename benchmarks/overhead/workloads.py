@@ -59,8 +59,11 @@ class Bench:
         self.workload = workload
         device = next(model.parameters()).device
         generator = torch.Generator().manual_seed(0)
-        shape = (workload.batch, workload.length)
-        self.ids = torch.randint(0, model.config.vocab_size, shape, generator=generator).to(device)
+        # A prefill each its own: what compresses because a call has the values of the one before is nobody's saving.
+        prompts = workload.steps if workload.kind == "prefill" else 1
+        shape = (prompts, workload.batch, workload.length)
+        self._prompts = torch.randint(0, model.config.vocab_size, shape, generator=generator).to(device)
+        self.ids = self._prompts[0]
         self._cache: Any = None
         self._next = self.ids[:, -1:]
         if workload.kind.startswith("decode"):
@@ -94,8 +97,9 @@ class Bench:
         return lambda model: self._run_decode(model, cache, steps)
 
     def _run_prefill(self, model: Any, steps: int) -> torch.Tensor:
-        for _ in range(steps):
-            logits: torch.Tensor = model(self.ids, use_cache=False).logits
+        for step in range(steps):
+            prompt = self._prompts[step % len(self._prompts)]
+            logits: torch.Tensor = model(prompt, use_cache=False).logits
         return logits
 
     def _run_decode(self, model: Any, cache: Any, steps: int) -> torch.Tensor:
