@@ -47,9 +47,11 @@ class Choice:
     def stored(self, raw_bytes: int, payload_bytes: int) -> None:
         self._pages += 1
         ratio = raw_bytes / payload_bytes
-        if not self._ratio:
+        # Read once: another worker may set it to 0.
+        last = self._ratio
+        if not last:
             self._ratio = ratio
-        elif abs(ratio / self._ratio - 1) > _DRIFT and self._pages >= _FIRST_INTERVAL:
+        elif abs(ratio / last - 1) > _DRIFT and self._pages >= _FIRST_INTERVAL:
             self._pages = self._interval
 
 
