@@ -98,22 +98,28 @@ def _items(value: Any, what: str) -> list[Any]:
     return items
 
 
+def _names(value: Any, what: str) -> set[str]:
+    items = _items(value, what)
+    for item in items:
+        if not isinstance(item, str):
+            raise ValueError(f"{what} are names, got one of type {type(item).__name__}")
+    return set(items)
+
+
 def _chosen_sites(value: Mapping[str, Any], sites: Mapping[str, str]) -> frozenset[str] | None:
     if not {"layers", "roles", "sites"} & set(value):
         return None
     chosen = set(sites)
     if "sites" in value:
-        names = set(_items(value["sites"], "sites"))
+        names = _names(value["sites"], "sites")
         if not names <= chosen:
-            raise ValueError(f"no such site: {sorted(map(str, names - chosen))[:3]}; there are {len(chosen)}")
+            raise ValueError(f"no such site: {sorted(names - chosen)[:3]}; there are {len(chosen)}")
         chosen = names
     if "roles" in value:
-        roles = set(_items(value["roles"], "roles"))
+        roles = _names(value["roles"], "roles")
         known = set(sites.values())
         if not roles <= known:
-            raise ValueError(
-                f"no site has the roles {sorted(map(str, roles - known))}; there are {sorted(known)}"
-            )
+            raise ValueError(f"no site has the roles {sorted(roles - known)}; there are {sorted(known)}")
         chosen = {name for name in chosen if sites[name] in roles}
     if "layers" in value:
         layers = _layers(_items(value["layers"], "layers"))
@@ -146,7 +152,9 @@ def _positions(value: Any) -> Positions:
     if isinstance(value, str) and value in POSITION_NAMES:
         return value
     items = _items(value, "positions")
-    if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in items):
+    if not all(
+        isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 1 << 63 for item in items
+    ):
         raise ValueError(
             f"positions are one of {', '.join(POSITION_NAMES)} or a list of numbers from 0, got {value!r}"
         )
@@ -288,11 +296,15 @@ class RowPlanner:
             group.spans.append((offset + begin - first, end - begin))
 
     def _parse(self, wish: Any) -> Choice | None:
-        key = json.dumps(wish, sort_keys=True, default=str)
-        if key not in self._choices:
-            if len(self._choices) >= MAX_ITEMS:
-                self._choices.clear()
-            self._choices[key] = parse_choice(wish, self._sites)
+        try:
+            key = json.dumps(wish, sort_keys=True, default=str)
+            if key not in self._choices:
+                if len(self._choices) >= MAX_ITEMS:
+                    self._choices.clear()
+                self._choices[key] = parse_choice(wish, self._sites)
+        except (TypeError, RecursionError) as error:
+            # Keys of a dict that don't compare or are no JSON; lists in lists without end.
+            raise ValueError(f"expected what JSON can say, got a {type(wish).__name__}: {error}") from None
         return self._choices[key]
 
 

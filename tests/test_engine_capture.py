@@ -72,9 +72,10 @@ def test_choices(tmp_path: Path) -> None:
     engine.add("last", tokens, {"positions": "last", "layers": [1]})
     engine.add("some", tokens, {"positions": [1, 4], "roles": ["mlp"]})
     engine.add("bad", tokens, {"positions": "everywhere"})
-    engine.step([("some", 0, 3), ("bad", 0, 6), ("last", 0, 6)])
+    engine.add("worse", tokens, '{"sites": [["layers.0.mlp"]]}')
+    engine.step([("some", 0, 3), ("bad", 0, 6), ("last", 0, 6), ("worse", 0, 6)])
     engine.step([("some", 3, 3)])
-    assert engine.capture.refused_requests == 1
+    assert engine.capture.refused_requests == 2
     engine.capture.close()
     with open_stream(tmp_path / "out.stream") as stream:
         assert set(stream.requests) == {"last", "some"}

@@ -16,6 +16,13 @@ SITES = {
 }
 
 
+def _nested(depth: int) -> list[object]:
+    nested: list[object] = []
+    for _ in range(depth):
+        nested = [nested]
+    return nested
+
+
 @pytest.mark.parametrize("wish", [True, 1, "all", "true", "on", {}, "{}"])
 def test_everything(wish: object) -> None:
     """A request may ask for all there is in the words of Python, JSON and the shell."""
@@ -50,8 +57,12 @@ def test_layers_roles_and_positions() -> None:
         ({"layers": [7]}, "no site lies"),
         ({"roles": ["block"]}, "no site has"),
         ({"sites": ["nope"]}, "no such site"),
+        ('{"sites": [["model.layers.0.mlp"]]}', "sites are names, got one of type list"),
+        ({"roles": {"a": 1}}, "roles are names, got one of type dict"),
+        ({"layers": [{}]}, "numbers or ranges"),
         ({"positions": "first"}, "positions are"),
         ({"positions": [-1]}, "positions are"),
+        ({"positions": [1 << 63]}, "positions are"),
         ([1], "expected a truth value"),
         (2.5, "expected a truth value"),
         ("[" * 20000, "characters"),
@@ -62,6 +73,17 @@ def test_bad_wishes_are_refused(wish: object, says: str) -> None:
     """Whatever a request says that can't be served is a ValueError that says what was expected."""
     with pytest.raises(ValueError, match=says):
         parse_choice(wish, SITES)
+    with pytest.raises(ValueError, match=says):
+        RowPlanner(SITES, None).begin("a", "a", 3, 0, wish)
+
+
+@pytest.mark.parametrize(
+    "wish", [{"layer": 1, 2: 3}, {(1, 2): 3}, {"sites": _nested(100_000)}, _nested(100_000)]
+)
+def test_wishes_that_are_no_json_are_refused(wish: object) -> None:
+    """A wish from Python that JSON can't say is refused as any other: the engine lives on."""
+    with pytest.raises(ValueError, match="expected what JSON can say"):
+        RowPlanner(SITES, None).begin("a", "a", 3, 0, wish)
 
 
 def test_mixed_batch() -> None:
