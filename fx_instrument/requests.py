@@ -48,7 +48,8 @@ def encode_rows(runs: Sequence[Run]) -> torch.Tensor:
 
 
 def encode_new(requests: Sequence[Mapping[str, Any]]) -> torch.Tensor:
-    text = json.dumps(requests, ensure_ascii=False, separators=(",", ":"))
+    # ASCII, as a client's id may hold half of a surrogate pair, which UTF-8 has no bytes for.
+    text = json.dumps(requests, ensure_ascii=True, separators=(",", ":"))
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 

@@ -559,6 +559,24 @@ def test_rows_by_request(tmp_path: Path) -> None:
     assert number
 
 
+@pytest.mark.parametrize("name", ["\ud800", "a\0b", "日本\n"])
+def test_ids_of_any_characters(tmp_path: Path, name: str) -> None:
+    """An id comes back as the client sent it, half a surrogate pair too, and what prints of it does not fail."""
+    model, framework = instrumented()
+    with Recorder(framework, tmp_path / "r", min_free_bytes=0) as recorder:
+        with recorder.request(name):
+            model(tokens(1, 4))
+        with recorder.request(name):
+            model(tokens(1, 2))
+        assert recorder.active, recorder.report.last_failure
+    assert recorder.report.failures == 0
+    with open_stream(tmp_path / "r") as stream:
+        first, second = stream.requests
+        assert first == name and second.startswith(f"{name}-")
+        assert len(stream.request(name)["layers.1.mlp"]) == 4
+        repr(stream.request(name)).encode()
+
+
 def test_rows_of_a_padded_batch() -> None:
     """Each row of a batch is its id's; padding on either side belongs to none; positions come from the inputs."""
     request = Request(("a", "b"), 0.0)
