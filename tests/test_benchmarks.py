@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -46,8 +47,7 @@ def test_one_round_fills_every_column(tmp_path: Path, options: Options) -> None:
     ]
     with torch.no_grad():
         found = table(chosen, Workload("prefill", 2, 8, 2), model, options)
-    result = cli.begin(tmp_path / "result.json", False, "2026-01-01", "cpu")
-    result |= {"dtype": "float32"}
+    result = cli.begin(tmp_path / "result.json", False, "2026-01-01", "cpu", "float32")
     result["sections"]["real"] = {"model": "toy", "workloads": {"prefill 2x8": found}}
     cli.write(result, tmp_path / "result.json")
     read: dict[str, Any] = json.loads((tmp_path / "result.json").read_text())
@@ -69,6 +69,10 @@ def test_one_round_fills_every_column(tmp_path: Path, options: Options) -> None:
     assert (tmp_path / "result.md").read_text().startswith("# Overhead, 2026-01-01")
     assert (tmp_path / "result-real-prefill-2x8.png").stat().st_size > 0
     assert {line[1] for line in report.goals(read)} >= set(report.GOALS) - {"FX, 1.0% sampled, zstd file"}
+    more = cli.begin(tmp_path / "result.json", True, "2026-01-02", "cpu", "float32")
+    assert more["sections"] == read["sections"] and len(more["commands"]) == 2
+    with pytest.raises(click.BadParameter, match="figures of another dtype"):
+        cli.begin(tmp_path / "result.json", True, "2026-01-02", "cpu", "bfloat16")
 
 
 @pytest.mark.slow

@@ -93,8 +93,7 @@ def main(
         kinds=kinds,
         variants=names,
     )
-    result = begin(output, bool(only), today, device)
-    result["dtype"] = dtype
+    result = begin(output, bool(only), today, device, dtype)
     console = Console()
     parts = only or (sections.QUICK if quick else tuple(sections.SECTIONS) if full else sections.usual())
     with _progress() as progress:
@@ -115,10 +114,11 @@ def main(
     console.print(f"figures in {output}, tables in {output.with_suffix('.md')}, plots beside them")
 
 
-def begin(output: Path, adds: bool, today: str, device: str) -> dict[str, Any]:
+def begin(output: Path, adds: bool, today: str, device: str, dtype: str) -> dict[str, Any]:
     """The result so far: that of ``output`` if sections are added to it, else an empty one."""
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])
     result: dict[str, Any] = {"commands": [], "sections": {}}
+    run = {"machine": report.machine(device), "versions": report.versions(), "dtype": dtype}
     if adds and output.exists():
         result = json.loads(output.read_text())
         if result.get("schema") != SCHEMA:
@@ -126,15 +126,26 @@ def begin(output: Path, adds: bool, today: str, device: str) -> dict[str, Any]:
                 f"{output} has schema {result.get('schema')!r}, expected {SCHEMA}: give another file",
                 param_hint="--output",
             )
+        if other := [key for key in run if _constant(result[key]) != _constant(run[key])]:
+            raise click.BadParameter(
+                f"{output} has figures of another {' and '.join(other)}: give another file",
+                param_hint="--output",
+            )
     result["commands"].append(command)
     return {
         "schema": SCHEMA,
         "date": today,
-        "machine": report.machine(device),
-        "versions": report.versions(),
+        **run,
         "notes": result.get("notes", []),
         **{key: result[key] for key in ("commands", "sections")},
     }
+
+
+def _constant(described: Any) -> Any:
+    """Without what is another in each run on one machine."""
+    if isinstance(described, dict):
+        return {key: value for key, value in described.items() if key != "load_average"}
+    return described
 
 
 def add(found: dict[str, Any], name: str, section: dict[str, Any]) -> None:

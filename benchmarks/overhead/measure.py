@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fx_instrument.capture.heap import return_freed_memory
+
 from ..machine import resident
 from .counts import CompileCounts, counting
 from .variants import BASE, Variant
@@ -177,7 +179,10 @@ def described(checked: Checked) -> dict[str, Any]:
 
 
 class peak_memory:
-    """How far the resident set (on CUDA: the allocator's bytes too) rises above where it began."""
+    """How far the resident set (on CUDA: the allocator's bytes too) rises above where it began.
+
+    What the heap kept of earlier blocks goes back to the kernel first, or the block would find its memory there.
+    """
 
     mb: float | None = None
     device_mb: float | None = None
@@ -186,6 +191,7 @@ class peak_memory:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             self._device = torch.cuda.memory_allocated()
+        return_freed_memory()
         # "5" resets the peak (proc(5)); where the kernel refuses, there is no figure.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")

@@ -164,7 +164,8 @@ def markdown(result: dict[str, Any]) -> str:
         ", ".join(f"{key} {value}" for key, value in result["versions"].items()) + ".",
         "",
         "Ratios are medians over interleaved rounds to the compiled model with nothing captured, of the same round; "
-        "intervals are 95 % bootstrap. Time includes opening and leaving the capture block (drain, index, fsync).",
+        "intervals are 95 % bootstrap (percentiles; of three rounds that is their range). "
+        "Time includes opening and leaving the capture block (drain, index, fsync).",
         "",
     ]
     lines += [line for note in result.get("notes", ()) for line in (note, "")]
