@@ -12,6 +12,7 @@ its file is judged once it has ended (or died).
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import fcntl
 import json
@@ -19,7 +20,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -195,8 +196,9 @@ def _files(folder: Path, timeout_s: float) -> Iterator[HarvestedFile]:
         with stream:
             ids: list[str] = []
             steps = 0
+            is_whole = _whole_steps(stream)
             for first, end, of in _batches(notes):
-                if _is_whole(stream, range(first, end)):
+                if all(map(is_whole, range(first, end))):
                     ids += of
                     steps += end - first
             yield HarvestedFile(path.name, len(ids), steps, tuple(ids))
@@ -211,13 +213,24 @@ def _batches(notes: Path) -> Iterator[tuple[int, int, list[str]]]:
         yield batch["steps"][0], batch["steps"][1], batch["ids"]
 
 
-def _is_whole(stream: ActivationStream, steps: range) -> bool:
+def _whole_steps(stream: ActivationStream) -> Callable[[int], bool]:
+    """Whether all values of a step are in the file."""
     summary = stream.metadata.get("summary") or {}
     if summary and not (summary.get("failed") or summary.get("recovered") or stream.damage):
         # Ended as it should be: what a module did not record, it did not return.
-        return steps.stop <= stream.num_steps
-    return steps.stop <= stream.num_steps and all(
-        len(stream.inputs(step)) == len(stream.input_names)
-        and all(stream.find(site.name, step) is not None for site in stream.sites)
-        for step in steps
-    )
+        return lambda step: step < stream.num_steps
+    counts = [collections.Counter(record.step for record in stream[site.name]) for site in stream.sites]
+    most_common = [count.most_common(2) for count in counts]
+
+    def is_whole(step: int) -> bool:
+        if step >= stream.num_steps or len(stream.inputs(step)) < len(stream.input_names):
+            return False
+        for count, common in zip(counts, most_common, strict=True):
+            # Of a site that runs several times a step the last values may be lost: as many as in any other step are
+            # all. Where there is no other step nobody knows, and the batch is better run again.
+            others = [num for other, num in common if other != step]
+            if not others or count[step] < others[0]:
+                return False
+        return True
+
+    return is_whole

@@ -11,12 +11,15 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from models import PLAIN, make, tokens
 
 from fx_instrument import InstrumentationConfig, InstrumentationError, InstrumentationFramework, open_stream
 from fx_instrument.harvest import MANIFEST, Harvest, collect, finished_ids
+from fx_instrument.stream.records import RecordMeta
+from fx_instrument.stream.writer import StreamWriter
 
 
 @pytest.fixture(autouse=True)
@@ -160,3 +163,24 @@ def test_two_ranks(tmp_path: Path) -> None:
             for step in range(3):
                 ids = stream.inputs(step, rank=rank)["input_ids"]
                 assert torch.equal(ids, tokens(1, 4, seed=10 * rank + step))
+
+
+def test_a_killed_process_whose_site_runs_several_times(tmp_path: Path) -> None:
+    """A step that lacks later values of a site is not whole; nor is the only step of a file, of which nobody knows."""
+
+    def write(name: str, steps: list[int]) -> None:
+        writer = StreamWriter(tmp_path / f"{name}.stream", metadata={}, codec="none", mode="x")
+        site = writer.add_site("shared", "attention")
+        for step, num_calls in enumerate(steps):
+            for call in range(num_calls):
+                value = np.full(10, call, np.float32)
+                writer.put(RecordMeta(site, step, call, "float32", (10,)), value.view(np.uint8))
+        writer.finish()
+        writer.abandon()
+        notes = [{"steps": [n, n + 1], "rows": 1, "ids": [f"{name}-{n}"]} for n in range(len(steps))]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(note) + "\n" for note in notes))
+
+    write("a", [3, 3, 1])
+    write("b", [2])
+    assert finished_ids(tmp_path) == {"a-0", "a-1"}
+    assert {one for file in collect(tmp_path) for one in file.ids} == {"a-0", "a-1"} == finished_ids(tmp_path)
