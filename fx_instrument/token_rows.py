@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .activations import ActivationStream, Record
+from .mask_columns import step_columns
 
 # Inputs of this many bytes are kept. Pages hold the steps of a site together, so each site comes back to the same
 # steps; int64 ids and 1-byte masks of 16 MiB are those of a million tokens and more.
@@ -40,18 +41,8 @@ class TokenRows:
         tokens = _tokens_a_sequence(record, mask.shape[0], ids)
         if tokens is None or not 0 < tokens <= mask.shape[1]:
             return None
-        end = mask.shape[1]
-        if end > tokens:
-            # Of a static cache the mask has the columns of all slots; those behind the step's tokens no one sees.
-            seen = np.flatnonzero(mask.any(axis=0))
-            end = max(tokens, int(seen[-1]) + 1 if len(seen) else end)
-        columns = mask[:, end - tokens : end] != 0
-        if mask.dtype == np.bool_ and not columns[:, 0].any():
-            # A boolean mask is one row of a 4-D one: that no sequence sees the step's first token means that a
-            # sliding window hides it, not that it is padding.
-            return None
-        kept: npt.NDArray[np.bool_] = columns.reshape(-1)
-        return None if kept.all() else kept
+        columns = step_columns(mask, tokens)
+        return None if columns is None or columns.all() else columns.reshape(-1)
 
     def token_ids(self, record: Record) -> npt.NDArray[np.int64] | None:
         """One token id a row of the module's output; None where rows and recorded ids don't match."""

@@ -14,8 +14,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from ..mask_columns import step_columns
 from ..requests import NEW_INPUT, NO_REQUEST, ROWS_INPUT, TOKENS_INPUT, encode_new, encode_rows
 
 NamedRun = tuple[str, int, int]
@@ -81,11 +84,11 @@ class Request:
             self.ids if each == 1 else [one and f"{one}#{index}" for one in self.ids for index in range(each)]
         )
         mask = inputs.get("attention_mask")
-        if mask is not None and mask.dim() == 2 and len(mask) == batch and mask.shape[1] >= length:
-            # One sequence alone is not padded; several are looked at, which makes the host wait for an accelerator.
-            mask = mask[:, -length:].cpu() if batch > 1 or mask.device.type == "cpu" else None
-        else:
+        if mask is not None and (mask.dim() != 2 or len(mask) != batch or not 0 < length <= mask.shape[1]):
             mask = None
+        # One sequence alone is not padded; several are looked at, which makes the host wait for an accelerator.
+        is_read = mask is not None and (batch > 1 or mask.device.type == "cpu")
+        real = step_columns(mask.cpu().numpy(), length) if mask is not None and is_read else None
         positions = inputs.get("position_ids")
         if positions is not None and (positions.device.type != "cpu" or positions.shape != tokens.shape):
             positions = None
@@ -95,7 +98,7 @@ class Request:
                 if not name:
                     found.append((None, 0, length))
                     continue
-                left, right = _padding(mask[row]) if mask is not None else (0, 0)
+                left, right = _padding(real[row]) if real is not None else (0, 0)
                 count = length - left - right
                 tag = self._tags.setdefault(name, Tag(name))
                 start = tag.next_position
@@ -151,12 +154,12 @@ def tagged(
     return noted
 
 
-def _padding(mask: torch.Tensor) -> tuple[int, int]:
+def _padding(real: npt.NDArray[np.bool_]) -> tuple[int, int]:
     """How many tokens of a row are padding, on the left and on the right."""
-    real = mask.nonzero()
-    if not len(real):
-        return len(mask), 0
-    return int(real[0]), len(mask) - 1 - int(real[-1])
+    places = np.flatnonzero(real)
+    if not len(places):
+        return len(real), 0
+    return int(places[0]), len(real) - 1 - int(places[-1])
 
 
 _REQUEST: contextvars.ContextVar[Request | None] = contextvars.ContextVar(

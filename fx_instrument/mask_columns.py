@@ -1,0 +1,29 @@
+"""Which columns of an attention mask stand for the tokens of one forward call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+def step_columns(mask: npt.NDArray[Any], num_tokens: int) -> npt.NDArray[np.bool_] | None:
+    """Which of a forward call's tokens the mask counts as real, (batch, ``num_tokens``); None where it doesn't tell.
+
+    Args:
+        mask: (batch, columns): all tokens so far, or all slots of a static cache; the call's tokens are the last
+            columns that are in use.
+        num_tokens: of each sequence in this call; between 1 and the number of columns.
+    """
+    end = mask.shape[1]
+    if end > num_tokens:
+        # Of a static cache the mask has the columns of all slots; those behind the step's tokens no one sees.
+        seen = np.flatnonzero(mask.any(axis=0))
+        end = max(num_tokens, int(seen[-1]) + 1 if len(seen) else end)
+    columns: npt.NDArray[np.bool_] = mask[:, end - num_tokens : end] != 0
+    if mask.dtype == np.bool_ and not columns[:, 0].any():
+        # A boolean mask is one row of a 4-D one: that no sequence sees the step's first token means that a
+        # sliding window hides it, not that it is padding.
+        return None
+    return columns
