@@ -7,6 +7,7 @@ import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -73,10 +74,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = None
         return 0
     except (OSError, ValueError, InstrumentationError) as error:
-        errors.print(f"[red]error:[/] {escape(str(error).replace('recover=True', '--recover'))}")
+        errors.print(_error_line(error))
         if isinstance(error, TruncatedStreamError) and "recover=True" in str(error):
             errors.print("Read it so, or repair it with `fx-instrument recover`.")
         return _exit_code(error)
+
+
+def _error_line(error: Exception) -> str:
+    return f"[red]error:[/] {escape(str(error).replace('recover=True', '--recover'))}"
 
 
 def _exit_code(error: Exception) -> int:
@@ -181,21 +186,31 @@ def verify(files: Sequence[Path], as_json: bool) -> int:
     help="Leave the one FILE alone, write a repaired copy.",
 )
 @json_option
-def recover(files: Sequence[Path], output: Path | None, as_json: bool) -> None:
+def recover(files: Sequence[Path], output: Path | None, as_json: bool) -> int:
     """Make files whole again after their writer was killed or bytes were damaged, so that they open as any other.
 
     Every record that can be read is written anew, and the result takes the file's place; what was lost is listed.
+    A file that a capture still writes is left alone. Of several files, one that can't be recovered is named, and the
+    others are recovered all the same; the exit code is then the first such file's.
     """
     names = stream_files(files)
     if output is not None and len(names) > 1:
         raise click.UsageError(f"--output takes one file, got {len(names)}")
-    results = []
+    results: list[dict[str, Any]] = []
+    failed: list[tuple[str, Exception]] = []
     for name in names:
-        with show_progress(f"recovering {Path(name).name}", quiet=as_json) as progress:
-            results.append(recover_stream(name, output, progress=progress))
+        try:
+            with show_progress(f"recovering {Path(name).name}", quiet=as_json) as progress:
+                results.append(recover_stream(name, output, progress=progress))
+        except (OSError, InstrumentationError) as error:
+            if len(names) == 1:
+                raise
+            failed.append((name, error))
+    code = _exit_code(failed[0][1]) if failed else 0
     if as_json:
-        print_json(results[0] if len(results) == 1 else {"files": results})
-        return
+        errors = [{"file": name, "reason": str(error)} for name, error in failed]
+        print_json(results[0] if len(names) == 1 else {"files": results, "failed": errors})
+        return code
     out = console()
     for found in results:
         for problem in found["damage"]:
@@ -204,6 +219,9 @@ def recover(files: Sequence[Path], output: Path | None, as_json: bool) -> None:
             )
         state = "" if found["rewritten"] else ", whole already"
         out.print(f"{escape(found['file'])}: {found['records']} records of {found['steps']} steps{state}")
+    for _, reason in failed:
+        Console(stderr=True, soft_wrap=True).print(_error_line(reason))
+    return code
 
 
 @cli.command(short_help="Write the records in another library's format.")

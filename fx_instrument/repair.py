@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CorruptStreamError, TruncatedStreamError
+from .stream.files import check_in_place, close_file, lock_file
 from .stream.reader import StreamReader
 from .stream.records import Damage, RecordMeta
 from .stream.refs import RecordRef
@@ -42,37 +43,59 @@ def recover_stream(
     Raises:
         FileNotFoundError, NotAStreamError, TruncatedStreamError: nothing can be read.
         FileExistsError: ``output`` exists.
+        BlockingIOError: without ``output``, a file that a capture still writes.
         UnsupportedStreamError: a newer format.
         CaptureFailedError: the new file could not be written; ``path`` is as it was.
     """
     source = Path(path)
-    if output is not None and Path(output).exists():
-        raise FileExistsError(f"{output} exists already")
+    if output is not None:
+        if Path(output).exists():
+            raise FileExistsError(f"{output} exists already")
+        return _recover(source, Path(output), str(output), progress)
+    # Held until the new file is in its place: what a capture still writes is not taken away from under it.
+    fd = os.open(source, os.O_RDWR if os.access(source, os.W_OK) else os.O_RDONLY)
+    try:
+        lock_file(fd, source)
+        check_in_place(source, os.fstat(fd).st_ino)
+        target = source.with_name(f".{source.name}.recovering")
+        target.unlink(missing_ok=True)
+        found = _recover(source, target, str(source), progress, always=False)
+        if found["rewritten"]:
+            target.replace(source)
+    finally:
+        close_file(fd)
+    return found
+
+
+def _recover(
+    source: Path,
+    target: Path,
+    name: str,
+    progress: Callable[[int, int], None] | None,
+    *,
+    always: bool = True,
+) -> dict[str, Any]:
+    """What ``recover_stream`` returns, of the file ``name``; ``target`` is made if need be, or ``always``."""
     with StreamReader(source, recover=True) as reader:
         damage = [
             {"offset": int(gap.offset), "num_bytes": int(gap.num_bytes), "reason": gap.reason}
             for gap in reader.damage
         ]
+        whole = not damage and all(segment.whole for segment in reader.segments)
         found = {
-            "file": str(source if output is None else output),
+            "file": name,
             "records": reader.num_records,
             "steps": reader.num_steps,
             "damage": damage,
-            "rewritten": True,
+            "rewritten": always or not whole,
         }
-        if output is None and not damage and all(segment.whole for segment in reader.segments):
-            return {**found, "rewritten": False}
-        target = Path(output) if output is not None else source.with_name(f".{source.name}.recovering")
-        if output is None:
-            target.unlink(missing_ok=True)
-        try:
-            _copy(reader, target, damage, progress)
-        except BaseException:
-            target.unlink(missing_ok=True)
-            _part_of(target).unlink(missing_ok=True)
-            raise
-    if output is None:
-        target.replace(source)
+        if found["rewritten"]:
+            try:
+                _copy(reader, target, damage, progress)
+            except BaseException:
+                target.unlink(missing_ok=True)
+                _part_of(target).unlink(missing_ok=True)
+                raise
     return found
 
 

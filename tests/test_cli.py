@@ -17,6 +17,7 @@ pytest.importorskip("rich")
 
 from fx_instrument.activations import open_stream
 from fx_instrument.cli import run
+from fx_instrument.stream.writer import StreamWriter
 from fx_instrument.version import __version__
 
 ATTN, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
@@ -133,6 +134,35 @@ def test_recover_into_another_file_leaves_the_first_alone(capsys, stream_file, t
     assert stream_file.read_bytes() == cut
     assert call(capsys, "verify", tmp_path / "b.stream")[0] == 0
     assert call(capsys, "recover", stream_file, "-o", tmp_path / "b.stream")[0] == 2
+
+
+def test_recover_leaves_alone_what_a_capture_writes(capsys, tmp_path):
+    files = [write_stream(tmp_path / name, [{MLP: torch.ones(1, 4, 8)}]) for name in ("a.stream", "c.stream")]
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-1])
+    writer = StreamWriter(tmp_path / "b.stream", metadata={}, codec="zstd")
+    inode = (tmp_path / "b.stream").stat().st_ino
+    assert run(["recover", str(tmp_path / "b.stream")]) == 5
+    assert "another capture is writing this file" in capsys.readouterr().err
+    code, found = call_json(capsys, "recover", tmp_path)
+    assert code == 5 and [result["rewritten"] for result in found["files"]] == [True, True]
+    (failed,) = found["failed"]
+    assert failed["file"] == str(tmp_path / "b.stream") and "is writing this file" in failed["reason"]
+    assert run(["recover", str(tmp_path)]) == 5
+    out, err = capsys.readouterr()
+    assert out.count("whole already") == 2 and str(tmp_path / "b.stream") in err
+    assert (tmp_path / "b.stream").stat().st_ino == inode
+    writer.close({})
+    assert call(capsys, "recover", tmp_path)[0] == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.stream", "b.stream", "c.stream"]
+
+
+def test_recover_goes_on_after_a_file_that_holds_nothing(capsys, stream_file):
+    stream_file.write_bytes(stream_file.read_bytes()[:-1])
+    (stream_file.parent / "0.stream").touch()
+    code, found = call_json(capsys, "recover", stream_file.parent)
+    assert (code, len(found["files"]), len(found["failed"])) == (1, 1, 1)
+    assert call(capsys, "verify", stream_file)[0] == 0
 
 
 def test_export_by_suffix_and_glob(capsys, stream_file, tmp_path):
