@@ -27,11 +27,13 @@ from types import TracebackType
 from typing import IO
 
 from .activations import ActivationStream, open_stream
-from .errors import InstrumentationError, TruncatedStreamError
+from .errors import CorruptStreamError, InstrumentationError, NotAStreamError, TruncatedStreamError
 from .framework import InstrumentationFramework
 from .repair import recover_stream
 
 MANIFEST = "manifest.jsonl"
+# A killed process leaves a file that is cut; a machine that lost power one with zeros, at its end or all through.
+_DAMAGED = (TruncatedStreamError, CorruptStreamError, NotAStreamError)
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,8 @@ def collect(folder: str | os.PathLike[str], *, timeout_s: float = 60.0) -> list[
     for path, _ in _pairs(folder, timeout_s):
         try:
             open_stream(path).close()
-        except TruncatedStreamError:
-            with contextlib.suppress(TruncatedStreamError):
+        except _DAMAGED:
+            with contextlib.suppress(*_DAMAGED):
                 recover_stream(path)
     files = [found for found in _files(folder, timeout_s) if found.rows]
     part = folder / f".{MANIFEST}.part"
@@ -191,8 +193,8 @@ def _files(folder: Path, timeout_s: float) -> Iterator[HarvestedFile]:
     for path, notes in _pairs(folder, timeout_s):
         try:
             stream = open_stream(path, recover=True)
-        except TruncatedStreamError:
-            continue  # killed before anything reached the file
+        except _DAMAGED:
+            continue  # nothing reached the file before the process or the machine ended
         with stream:
             ids: list[str] = []
             steps = 0

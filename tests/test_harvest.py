@@ -17,7 +17,9 @@ import torch
 from models import PLAIN, make, tokens
 
 from fx_instrument import InstrumentationConfig, InstrumentationError, InstrumentationFramework, open_stream
+from fx_instrument.errors import CorruptStreamError, NotAStreamError
 from fx_instrument.harvest import MANIFEST, Harvest, collect, finished_ids
+from fx_instrument.stream.reader import StreamReader
 from fx_instrument.stream.records import RecordMeta
 from fx_instrument.stream.writer import StreamWriter
 
@@ -76,6 +78,34 @@ def test_an_error_inside_a_batch(tmp_path: Path) -> None:
         Harvest(framework, tmp_path / "h", name="../x")
 
 
+@pytest.mark.parametrize("damage", ["zeros at the end", "a block", "zeros all through"])
+def test_a_machine_that_lost_power(tmp_path: Path, damage: str) -> None:
+    """A file without an index that holds zeros or a damaged block does not keep the others from being collected."""
+    model, framework = instrumented()
+    folder = tmp_path / "h"
+    for name in ("a", "b"):
+        with Harvest(framework, folder, name=name) as harvest, harvest.batch([name]):
+            model(tokens(1, 4))
+    (path,) = folder.glob("a-*.stream")
+    with StreamReader(path) as reader:
+        block = reader.segments[0].block_offsets[-1]
+    raw = path.read_bytes()
+    if damage == "zeros at the end":
+        raw = raw[:block] + bytes(4096)
+    elif damage == "a block":
+        raw = raw[:-1].replace(raw[block : block + 64], bytes(64))
+    else:
+        raw = bytes(len(raw))
+    path.write_bytes(raw)
+    with pytest.raises((CorruptStreamError, NotAStreamError)):
+        open_stream(path)
+    assert finished_ids(folder) == {"b"}
+    assert [file.ids for file in collect(folder)] == [("b",)]
+    assert finished_ids(folder) == {"b"}
+    if damage != "zeros all through":
+        open_stream(folder).close()
+
+
 def test_a_killed_process(tmp_path: Path) -> None:
     """What had reached the file of a killed process is kept, as whole batches; collecting ends its file."""
     script = """
@@ -86,7 +116,8 @@ def test_a_killed_process(tmp_path: Path) -> None:
         from fx_instrument import open_stream
         from test_harvest import instrumented
         from models import tokens
-        from fx_instrument.harvest import Harvest
+        from fx_instrument.errors import CorruptStreamError, NotAStreamError
+from fx_instrument.harvest import Harvest
         model, framework = instrumented()
 
         def is_stored():
@@ -143,7 +174,8 @@ def test_two_ranks(tmp_path: Path) -> None:
             import torch
             from models import tokens
             from test_harvest import instrumented
-            from fx_instrument.harvest import Harvest
+            from fx_instrument.errors import CorruptStreamError, NotAStreamError
+from fx_instrument.harvest import Harvest
             rank = int(os.environ["RANK"])
             model, framework = instrumented()
             with torch.no_grad(), Harvest(framework, sys.argv[1], name=f"rank-{{rank}}") as harvest:
