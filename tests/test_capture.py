@@ -253,6 +253,32 @@ def test_a_failing_thread_reaches_the_caller() -> None:
     assert isinstance(raised.value.__cause__, RuntimeError)
 
 
+@pytest.mark.parametrize("sampling", [None, (0.5, 0)], ids=["whole", "sampled"])
+def test_a_copy_that_fails_gives_its_room_back(
+    sampling: tuple[float, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no memory is left for the copy of a value or of an input, later calls find the buffer as it was."""
+
+    def fail(*args: Any, **kwargs: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+    opened = session(HeldWriter(), limit=2 * (400 + RECORD_OVERHEAD_BYTES), sampling=sampling)
+    with monkeypatch.context() as patched:
+        for method in ("clone", "index_select"):
+            patched.setattr(torch.Tensor, method, fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            opened.record_eager(A, torch.ones(100))
+        with pytest.raises(torch.OutOfMemoryError):
+            opened.begin_step({"input_ids": torch.zeros(1, 50, dtype=torch.int64)})
+        assert opened._budget.held_bytes == 0
+    opened.end_step()
+    opened.begin_step({})
+    opened.record_eager(A, torch.ones(100))
+    opened.end_step()
+    opened.close()
+    assert opened.report.records == 1 and opened.report.dropped_records == 0
+
+
 def test_threads_have_steps_of_their_own() -> None:
     """Forward calls from several threads never share a step, and every record has the step of its thread."""
     writer = HeldWriter()

@@ -10,6 +10,8 @@ import stat
 import time
 from pathlib import Path
 
+from ..stream.files import close_file
+
 _NAME = re.compile(r"(\d{6,})-\d{8}T\d{6}Z\.stream")
 
 
@@ -127,7 +129,7 @@ class RecordingFolder:
     def close(self) -> None:
         """Let another recorder have the folder."""
         if self._fd >= 0:
-            os.close(self._fd)
+            close_file(self._fd)
             self._fd = -1
 
     def _files(self) -> list[tuple[int, Path]]:
