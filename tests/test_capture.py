@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,8 +89,7 @@ def session(writer: Any, limit: int = 1_000_000, drop: bool = False, **more: Any
         max_memory_bytes=limit,
         drop=drop,
         target_gbps=1.0,
-        progress=False,
-        **{"sampling": None, **more},
+        **{"sampling": None, "progress": False, **more},
     )
 
 
@@ -277,6 +279,35 @@ def test_a_copy_that_fails_gives_its_room_back(
     opened.end_step()
     opened.close()
     assert opened.report.records == 1 and opened.report.dropped_records == 0
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError("gone"), ValueError("I/O operation on closed file")])
+def test_progress_that_can_not_be_shown_ends_no_capture(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A standard error that nobody reads any more is written to once, and values go on to the file."""
+
+    class Gone(io.StringIO):
+        num_writes = 0
+
+        def write(self, text: str) -> int:
+            Gone.num_writes += 1
+            raise error
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    writer = HeldWriter()
+    opened = session(writer, progress=True)
+    opened._last_shown = -1.0  # the line is due at once
+    deadline = time.monotonic() + 20
+    while Gone.num_writes == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    opened._last_shown = -1.0
+    opened.begin_step({})
+    run_graph(opened, torch.ones(25))
+    opened.end_step()
+    opened.close()
+    assert Gone.num_writes == 1
+    assert opened.report.records == len(writer.rows) == 1 and opened.report.dropped_records == 0
 
 
 def test_threads_have_steps_of_their_own() -> None:

@@ -93,6 +93,13 @@ def close_file(fd: int) -> None:
     os.close(fd)
 
 
+def remove_begun(fd: int, path: os.PathLike[str] | str) -> None:
+    """Take away the file that ``open_file`` began, as long as it is locked; pipes and devices stay."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            Path(path).resolve().unlink()
+
+
 def _locked(fd: int, path: os.PathLike[str] | str) -> int:
     try:
         lock_file(fd, path)

@@ -10,7 +10,7 @@ from typing import Any
 from .blocks import BlockHeader
 from .codec import empty_frame
 from .direct import DirectWriter, fill_bytes
-from .files import close_file, open_file, start_writeback, sync, write_all
+from .files import close_file, open_file, remove_begun, start_writeback, sync, write_all
 from .frames import SEGMENT_ID_BYTES, Prolog, write_fill, write_sites
 from .index import IndexRow, write_index
 from .pages import Arranged
@@ -28,7 +28,8 @@ class SegmentWriter:
         prolog: of a segment that begins; ``prolog`` is that of the file where one is gone on with.
         page_bytes: the most raw bytes of a block.
 
-    Raises on construction: TypeError for metadata that is no JSON; OSError as ``open`` does; as ``resume_file`` does in
+    Raises on construction: TypeError for metadata that is no JSON; OSError as ``open`` does, or if the prolog can't be
+    written, and then there is no file at the path; as ``resume_file`` does in
     mode "a".
     """
 
@@ -61,6 +62,8 @@ class SegmentWriter:
             try:
                 self._write(beginning)
             except BaseException:
+                if path is not None and self._fd is not None:
+                    remove_begun(self._fd, path)
                 self.close()
                 raise
         self.id = self.prolog.uuid[:SEGMENT_ID_BYTES]
