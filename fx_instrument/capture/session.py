@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,14 +202,19 @@ class Session:
 
     def _hand_over(self, ticket: _Ticket, delivery: Delivery) -> None:
         """Start the values of ``delivery`` on their way and tell the drain thread."""
+        with self._room_of(ticket), self._transfer.in_order(ticket.device):
+            started = self._transfer.start(delivery.values, overwritten=ticket.overwritten)
+            if isinstance(started, Landing):
+                delivery.landing, delivery.values = started, []
+            else:
+                delivery.values = started
+            self._handover.put(delivery)
+
+    @contextmanager
+    def _room_of(self, ticket: _Ticket) -> Iterator[None]:
+        """Give the ticket's room back if what is done with it fails: a copy finds no memory, for one."""
         try:
-            with self._transfer.in_order(ticket.device):
-                started = self._transfer.start(delivery.values, overwritten=ticket.overwritten)
-                if isinstance(started, Landing):
-                    delivery.landing, delivery.values = started, []
-                else:
-                    delivery.values = started
-                self._handover.put(delivery)
+            yield
         except BaseException:
             self.cancel(ticket)
             raise
@@ -221,13 +227,15 @@ class Session:
             count = num_samples(value.numel(), rate)
             ticket = self._reserve_for((site,), value, count * value.element_size())
             if not ticket.dropped and value.numel():
-                where = torch.from_numpy(positions(value.numel(), rate, seed)).to(value.device)
-                kept = kept.flatten().index_select(0, where)
+                with self._room_of(ticket):
+                    where = torch.from_numpy(positions(value.numel(), rate, seed)).to(value.device)
+                    kept = kept.flatten().index_select(0, where)
         else:
             ticket = self._reserve_for((site,), value, value.nbytes)
             if not ticket.dropped:
                 # What runs next may change the value in place.
-                kept = kept.clone(memory_format=torch.contiguous_format)
+                with self._room_of(ticket):
+                    kept = kept.clone(memory_format=torch.contiguous_format)
         if not ticket.dropped:
             with self._lock:
                 self._eager_records += 1
@@ -267,12 +275,13 @@ class Session:
                 self._dropped_inputs += 1
             return
         # The caller may change its inputs while the copies are on their way; what a device has is gathered there.
-        values = [
-            value.detach()
-            if ticket.device is not None and value.device.type == ticket.device.type
-            else value.detach().clone(memory_format=torch.contiguous_format)
-            for value in inputs.values()
-        ]
+        with self._room_of(ticket):
+            values = [
+                value.detach()
+                if ticket.device is not None and value.device.type == ticket.device.type
+                else value.detach().clone(memory_format=torch.contiguous_format)
+                for value in inputs.values()
+            ]
         self._hand_over(
             ticket, Delivery(number, list(inputs), [0] * len(inputs), values, None, total, is_input=True)
         )
@@ -369,18 +378,19 @@ class Session:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        if now - self._last_shown > 0.5:
+        if self._progress and now - self._last_shown > 0.5:
             self._last_shown = now
             self._show()
 
     def _show(self, end: str = "") -> None:
         report = self.report
         held = "" if report.target_held else f", {report.target_verdict}"
-        print(
+        line = (
             f"\rcaptured {report.steps} steps, {report.records} records, {report.raw_bytes / 1e6:.1f} MB "
             f"({report.achieved_gbps:.2f} GB/s), buffer {self._budget.held_bytes / 1e6:.1f} MB, "
-            f"dropped {report.dropped_records}{held}   ",
-            end=end,
-            file=sys.stderr,
-            flush=True,
+            f"dropped {report.dropped_records}{held}   "
         )
+        try:
+            print(line, end=end, file=sys.stderr, flush=True)
+        except (OSError, ValueError):
+            self._progress = False  # nobody reads it any more; the capture goes on
