@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -436,6 +437,24 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
         Recorder(framework, tmp_path / "private")
     recorder.close()
     Recorder(framework, tmp_path / "private").close()
+
+
+def test_a_forked_process_does_not_keep_the_folder(tmp_path: Path) -> None:
+    """A process forked while a recorder was open has its descriptors, and not its folder."""
+    folder = RecordingFolder(tmp_path / "r")
+    end, begin = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(begin)
+        os.read(end, 1)  # until the test lets go of the other end
+        os._exit(0)
+    try:
+        folder.close()
+        RecordingFolder(tmp_path / "r").close()
+    finally:
+        os.close(begin)
+        os.waitpid(child, 0)
+        os.close(end)
 
 
 def test_wrong_turns(tmp_path: Path) -> None:

@@ -181,6 +181,41 @@ def test_abandon_gives_all_memory_back(tmp_path: Path) -> None:
 # -- failures ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("mode", ["w", "x", "a"])
+def test_a_file_that_can_not_be_begun_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """On a full disk nothing stays that is no stream: it would stand in the way of reading its folder."""
+
+    def full(fd: int, buffers: list[Any]) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "a.stream"
+    with monkeypatch.context() as patch:
+        patch.setattr(files_module.os, "writev", full)
+        with pytest.raises(OSError, match="No space left"):
+            StreamWriter(path, metadata={}, codec="none", mode=mode)
+    assert not list(tmp_path.iterdir())
+    StreamWriter(path, metadata={}, codec="none", mode=mode).close({})
+    StreamReader(path).close()
+
+
+def test_a_pipe_that_takes_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no regular file is not taken away."""
+
+    def broken(fd: int, buffers: list[Any]) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    monkeypatch.setattr(files_module.os, "writev", broken)
+    with pytest.raises(BrokenPipeError):
+        StreamWriter(path, metadata={}, codec="none")
+    os.close(reader)
+    assert path.is_fifo()
+
+
 def test_a_full_disk_is_told_and_costs_only_what_came_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
