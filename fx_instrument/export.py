@@ -75,7 +75,7 @@ def export_stream(
     Raises:
         ValueError: unknown format or site, values that have no common exact type (Parquet, Arrow), complex values
             where the format has none, files that were sampled in different ways.
-        FileExistsError: ``output`` exists, and ``overwrite`` is False.
+        FileExistsError: ``output`` exists, or shards or an index of that name, and ``overwrite`` is False.
         MissingPackageError: the format's library is not installed.
     """
     path = Path(output)
@@ -88,12 +88,13 @@ def export_stream(
     for site in sites or ():
         if site not in stream:
             raise ValueError(f"no site {site!r} to export; {stream.near_sites(site)}")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists already; overwrite replaces it")
+    earlier = _made_before(path, chosen)
+    if earlier and not overwrite:
+        raise FileExistsError(f"{earlier[0]} exists already; overwrite replaces it")
     wanted = frozenset(sites) if sites is not None else frozenset(site.name for site in stream.sites)
     tracked = _Selection(stream, wanted, progress)
     if chosen == "safetensors":
-        return _to_safetensors(tracked, path, shard_bytes)
+        return _to_safetensors(tracked, path, shard_bytes, earlier)
     part = path.with_name(f".{path.name}.part")
     _remove(part)
     try:
@@ -166,7 +167,9 @@ class _Selection:
         return json.dumps({"stream": describe(self.stream), "sites": sites})
 
 
-def _to_safetensors(selection: _Selection, path: Path, shard_bytes: int) -> list[Path]:
+def _to_safetensors(
+    selection: _Selection, path: Path, shard_bytes: int, earlier: Sequence[Path]
+) -> list[Path]:
     library = _require("safetensors.torch", "safetensors")
     if shard_bytes <= 0:
         raise ValueError(f"shard_bytes must be greater than 0, got {shard_bytes!r}")
@@ -200,9 +203,9 @@ def _to_safetensors(selection: _Selection, path: Path, shard_bytes: int) -> list
             put(name, tensor)
         if held or not shards:
             flush()
-        index = path.with_name(f"{path.name}.index.json")
-        _remove(path)
-        _remove(index)
+        # Shards of an earlier export that this one doesn't replace would be taken for its own.
+        for file in earlier:
+            _remove(file)
         if len(shards) == 1:
             shards[0][0].rename(path)
             return [path]
@@ -213,6 +216,7 @@ def _to_safetensors(selection: _Selection, path: Path, shard_bytes: int) -> list
             part.rename(file)
             files.append(file)
             weight_map.update(dict.fromkeys(names, file.name))
+        index = _index_of(path)
         index.write_text(
             json.dumps({"metadata": {"total_size": total_bytes, **metadata}, "weight_map": weight_map})
         )
@@ -360,6 +364,19 @@ def _common_dtype(selection: _Selection) -> np.dtype[Any]:
             f"choose other sites, or export to safetensors or npz"
         )
     return common
+
+
+def _made_before(path: Path, format: str) -> list[Path]:
+    """What there is of an earlier export: the file or folder itself, of safetensors also an index and shards."""
+    files = [path]
+    if format == "safetensors":
+        shard = re.compile(rf"{re.escape(path.stem)}-\d{{5,}}-of-\d{{5,}}{re.escape(path.suffix)}")
+        files += [_index_of(path), *(near for near in path.parent.glob("*") if shard.fullmatch(near.name))]
+    return [file for file in files if file.exists()]
+
+
+def _index_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.index.json")
 
 
 def _require(module: str, package: str) -> ModuleType:

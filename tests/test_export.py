@@ -217,6 +217,38 @@ def test_what_is_there_is_replaced_only_when_asked(tmp_path):
     assert not list(tmp_path.glob(".*.part"))
 
 
+def test_shards_are_replaced_only_when_asked_and_then_all(tmp_path):
+    """A later export has fewer shards, or none: nothing of the earlier one stays beside it."""
+    pytest.importorskip("safetensors")
+    (tmp_path / "a-notes-of-today.safetensors").write_text("of someone else")
+    output = tmp_path / "a.safetensors"
+
+    def there():
+        return {
+            file.name: file.read_bytes()
+            for file in tmp_path.iterdir()
+            if file.suffix in (".safetensors", ".json")
+        }
+
+    with open_stream(write_stream(tmp_path / "a.stream", [{MLP: values(1, 16, 16)}] * 5)) as stream:
+        assert len(export_stream(stream, output, shard_bytes=1024)) == 6
+        before = there()
+        for shard_bytes in (1024, 2048, 1 << 20):
+            with pytest.raises(FileExistsError, match="overwrite"):
+                export_stream(stream, output, shard_bytes=shard_bytes)
+            assert there() == before
+
+        def stop(done, total):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            export_stream(stream, output, shard_bytes=2048, overwrite=True, progress=stop)
+        assert there() == before
+        for shard_bytes in (2048, 1 << 20):
+            made = export_stream(stream, output, shard_bytes=shard_bytes, overwrite=True)
+            assert set(there()) == {file.name for file in made} | {"a-notes-of-today.safetensors"}
+
+
 def test_a_failed_export_leaves_nothing_behind(tmp_path):
     made = [{ATTN: values(1, 2, 4), MLP: torch.full((1, 2, 4), 1 << 60)}]
     with open_stream(write_stream(tmp_path / "a.stream", made)) as stream:
