@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -189,6 +189,14 @@ class ActivationStream:
     def _ambiguous(self, what: str, step: int, refs: Sequence[RecordRef]) -> ValueError:
         ranks = ", ".join(str(ref.rank) for ref in refs)
         return ValueError(f"{what!r} at step {step} is there of the ranks {ranks}; say which: rank=...")
+
+    def steps(self, sites: Iterable[str]) -> list[int]:
+        """The steps in which any of ``sites`` has a record, ascending."""
+        return self._reader.steps(self._ids[site] for site in sites if site in self._ids)
+
+    def input_steps(self) -> list[int]:
+        """The steps of which inputs were recorded, by whatever rank, ascending."""
+        return self._reader.steps(self._inputs.values())
 
     def inputs(self, step: int, *, rank: int | None = None) -> dict[str, torch.Tensor]:
         """The integer inputs of one forward call as they were passed, by argument name.

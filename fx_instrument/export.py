@@ -137,7 +137,7 @@ class _Selection:
     def inputs(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every recorded input, with the name of its array."""
         for rank in self.stream.ranks:
-            for step in range(self.stream.num_steps):
+            for step in self.stream.input_steps():
                 for name, tensor in self.stream.inputs(step, rank=rank).items():
                     yield f"{self._of_rank(rank)}inputs/{step}/{name}", tensor
 

@@ -15,7 +15,7 @@ from .activations import ActivationStream, Record
 
 def record_rows(stream: ActivationStream, sites: Sequence[str], num_values: int) -> Iterator[dict[str, Any]]:
     """The records of ``sites`` by step, then site, rank and call, ``num_values`` values of each, as JSON takes them."""
-    for step in range(stream.num_steps):
+    for step in _steps(stream, sites):
         for site, rank in itertools.product(sites, stream.ranks):
             for call in itertools.count():
                 # Found through the index one by one: the first ones are there at once.
@@ -23,6 +23,16 @@ def record_rows(stream: ActivationStream, sites: Sequence[str], num_values: int)
                 if record is None:
                     break
                 yield _row(record, num_values)
+
+
+def _steps(stream: ActivationStream, sites: Sequence[str]) -> Iterator[int]:
+    """The steps of which there are records, ascending; all records are looked for only after a step without any."""
+    for step in range(stream.num_steps):
+        places = itertools.product(sites, stream.ranks)
+        if all(stream.find(site, step, rank=rank) is None for site, rank in places):
+            yield from (later for later in stream.steps(sites) if later > step)
+            return
+        yield step
 
 
 def record_table(rows: Sequence[Mapping[str, Any]], *, with_ranks: bool) -> Table:

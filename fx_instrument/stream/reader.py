@@ -229,6 +229,11 @@ class StreamReader:
         """The records of a site, ascending by step, rank and call; empty for an unknown site."""
         return SiteRecords(self._parts(site_id), partial(self._ref, site_id))
 
+    def steps(self, site_ids: Iterable[int]) -> list[int]:
+        """The steps in which any of these sites has a record, ascending; ``num_steps`` is only what the file says."""
+        found = {int(step) for site_id in site_ids for step in np.unique(self._parts(site_id)["step"])}
+        return sorted(step for step in found if step < self.num_steps)
+
     def find(self, site_id: int, step: int, call: int = 0, rank: int | None = None) -> RecordRef | None:
         """The record of a site, step and call (of the lowest rank that has it, if none is given), or None."""
         records = self.find_all(site_id, step, call, rank)

@@ -90,6 +90,7 @@ class Scan:
         for number, placed in enumerate(self._placed):
             read_ahead = ReadAhead(placed.file.map)
             pending: dict[tuple[int, int, int], list[tuple[int, int, tuple[int, int]]]] = {}
+            found: dict[tuple[int, int, int], int] = {}
             for position, offset in enumerate(placed.segment.block_offsets.tolist()):
                 read_ahead(offset)
                 block = self._block(number, position)
@@ -108,12 +109,13 @@ class Scan:
                     yield _Job(placed.file, block.offset, number, position, records, None)
                 for row in np.flatnonzero(kept & ~whole).tolist():
                     step, part_offset, local, call, _, _ = rows[row].item()
-                    parts = pending.setdefault((local, step, call), [])
-                    parts.append((part_offset, int(directory.sizes[row]), (position, row)))
-                    if sum(size for _, size, _ in parts) < dues[row]:
+                    key, size = (local, step, call), int(directory.sizes[row])
+                    pending.setdefault(key, []).append((part_offset, size, (position, row)))
+                    found[key] = found.get(key, 0) + size
+                    if found[key] < dues[row]:
                         continue
-                    del pending[local, step, call]
-                    places = tuple(place for _, _, place in sorted(parts))
+                    del found[key]
+                    places = tuple(place for _, _, place in sorted(pending.pop(key)))
                     ref = self._ref(self._global_ids[number][local], number, places)
                     yield _Job(placed.file, block.offset, number, position, [], ref)
             if pending:

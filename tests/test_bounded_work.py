@@ -1,0 +1,116 @@
+"""Files of a few hundred bytes with right checksums and huge numbers: what reads them ends soon, in little memory."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from written import write_stream
+
+from fx_instrument.activations import open_stream
+from fx_instrument.errors import CorruptStreamError
+from fx_instrument.export import export_stream
+from fx_instrument.record_table import record_rows
+from fx_instrument.stream.blocks import ROW_DTYPE, BlockHeader, write_directory
+from fx_instrument.stream.codec import PageEncoder, empty_frame
+from fx_instrument.stream.frames import Prolog, SiteEntry, write_sites
+from fx_instrument.stream.index import IndexRow, write_index
+from fx_instrument.stream.payload import LEAD_BYTES
+from fx_instrument.stream.reader import StreamReader
+
+SITE = "model.layers.0.mlp"
+
+
+def test_steps_that_a_file_only_claims_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2**62 steps, of which three have records and one an input; what is there is found as ever."""
+    ids = torch.arange(3).reshape(1, 3)
+    made = [
+        {SITE: torch.ones(1, 3)},
+        {},
+        {},
+        {SITE: torch.ones(1, 3)},
+        {SITE: [torch.ones(1), torch.ones(2)]},
+    ]
+    inputs = [{}, {}, {"input_ids": ids}]
+    path = write_stream(tmp_path / "a.stream", made, inputs=inputs, summary={"num_steps": 1 << 62})
+    looked = 0
+    find_all = StreamReader.find_all
+
+    def counted(self, *arguments, **options):
+        nonlocal looked
+        looked += 1
+        assert looked < 1000, "looks for records of steps without any"
+        return find_all(self, *arguments, **options)
+
+    monkeypatch.setattr(StreamReader, "find_all", counted)
+    with open_stream(path) as stream:
+        assert stream.num_steps == 1 << 62
+        rows = list(record_rows(stream, [SITE], 3))
+        export_stream(stream, tmp_path / "a.npz")
+    assert [(row["step"], row["call"]) for row in rows] == [(0, 0), (3, 0), (4, 0), (4, 1)]
+    with np.load(tmp_path / "a.npz") as found:
+        assert (found["inputs/2/input_ids"] == ids.numpy()).all()
+        assert len([name for name in found.files if name.startswith("inputs/")]) == 1
+
+
+def test_a_record_of_many_small_parts_is_scanned_in_time_linear_in_them(tmp_path: Path) -> None:
+    """32768 parts of one byte of a record of 2**40, in a file of 1 kB; a sum over the parts for each took 20 s."""
+    path = tmp_path / "a.stream"
+    prolog = Prolog("zstd", bytes(range(16)), {})
+    segment_id = prolog.uuid[:8]
+    sites = [SiteEntry(0, SITE, "mlp")]
+    data = bytearray(empty_frame("zstd") + prolog.write() + write_sites(sites, segment_id))
+    encoder = PageEncoder("zstd", 1 << 20)
+    index = []
+    num_parts = 1 << 14
+    for sequence in range(2):
+        rows = np.zeros(num_parts, ROW_DTYPE)
+        rows["offset"] = np.arange(num_parts)
+        rows["part_offset"] = rows["offset"] + sequence * num_parts
+        directory = write_directory(rows, [((1 << 40,), None)])
+        encoding, stored_directory = encoder.encode_directory(directory)
+        page = encoder.encode([np.zeros(num_parts, np.uint8)], "uint8", site=0)
+        header = BlockHeader(
+            codec=2,
+            dtype=2,
+            filter=page.filter,
+            directory_encoding=encoding,
+            num_rows=num_parts,
+            segment_id=segment_id,
+            sequence=sequence,
+            time_ns=0,
+            min_step=0,
+            max_step=0,
+            num_shapes=1,
+            directory_bytes=len(stored_directory),
+            directory_raw_bytes=len(directory),
+            raw_bytes=num_parts,
+            payload_bytes=page.payload_bytes,
+            payload_crc=page.payload_crc,
+            plane_bytes=page.plane_bytes,
+            plane_encodings=page.plane_encodings,
+        )
+        offset = len(data)
+        data += header.write(stored_directory, offset, LEAD_BYTES)
+        data += b"".join(bytes(piece) for piece in page.pieces)
+        index.append(IndexRow(offset, 0, 0, len(data) - offset, num_parts, num_parts, frozenset([0])))
+    data += write_index(
+        len(data),
+        index,
+        sites,
+        segment_id=segment_id,
+        num_steps=1,
+        num_records=1,
+        raw_bytes=2 * num_parts,
+        summary={},
+    )
+    path.write_bytes(data)
+    assert len(data) < 2000
+    with StreamReader(path) as reader:
+        start = time.perf_counter()
+        with pytest.raises(CorruptStreamError, match="lack a part"):
+            list(reader.scan())
+        assert time.perf_counter() - start < 6
