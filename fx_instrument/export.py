@@ -88,7 +88,7 @@ def export_stream(
     for site in sites or ():
         if site not in stream:
             raise ValueError(f"no site {site!r} to export; {stream.near_sites(site)}")
-    earlier = _made_before(path, chosen)
+    earlier = _made_before(path, sharded=chosen == "safetensors")
     if earlier and not overwrite:
         raise FileExistsError(f"{earlier[0]} exists already; overwrite replaces it")
     wanted = frozenset(sites) if sites is not None else frozenset(site.name for site in stream.sites)
@@ -366,10 +366,10 @@ def _common_dtype(selection: _Selection) -> np.dtype[Any]:
     return common
 
 
-def _made_before(path: Path, format: str) -> list[Path]:
-    """What there is of an earlier export: the file or folder itself, of safetensors also an index and shards."""
+def _made_before(path: Path, *, sharded: bool) -> list[Path]:
+    """What there is of an earlier export: the file or folder itself, and an index and shards."""
     files = [path]
-    if format == "safetensors":
+    if sharded:
         shard = re.compile(rf"{re.escape(path.stem)}-\d{{5,}}-of-\d{{5,}}{re.escape(path.suffix)}")
         files += [_index_of(path), *(near for near in path.parent.glob("*") if shard.fullmatch(near.name))]
     return [file for file in files if file.exists()]
