@@ -19,6 +19,10 @@ NUM_TOP_CHANNELS = 10
 # Values are widened to float64 this many at a time: 256 KiB, which stays in a core's cache, and below the size at
 # which torch would wake its threads for the conversion (3x slower in wall time on two busy cores).
 CHUNK_ELEMENTS = 1 << 15
+# A sampled record may say that it is of a tensor as wide as it likes. Its channels are told apart up to the larger of
+# this width and so many times its values.
+MAX_SAMPLED_WIDTH = 1 << 20
+MAX_WIDTH_A_VALUE = 64
 
 Floats = npt.NDArray[np.float64]
 
@@ -49,8 +53,9 @@ def analyze_activations(
         ``sites``: by name, in the order of the file's table: role, records, tokens (rows along the last dimension),
         shape (of the module's output; None where it varies), dtype, mean, std (population), min, max,
         mean_token_norm and max_token_norm (L2), zero_fraction, nonfinite (count; left out of everything else),
-        excess_kurtosis, top_channels (pairs of channel and mean absolute value, largest first). What is not
-        defined (no finite value, a constant, norms of sampled tokens) is None.
+        excess_kurtosis, top_channels (pairs of channel and mean absolute value, largest first; none where
+        the width varies, or is over 2**20 and over 64 times the values of a sampled record). What is not defined (no
+        finite value, a constant, norms of sampled tokens) is None.
 
         Tokens that the step's ``attention_mask`` marks as padding are left out of all of these but ``records``.
 
@@ -225,8 +230,11 @@ class SiteStatistics:
         self.tokens += num_rows if kept_rows is None else int(kept_rows.sum())
         if width == 0 or num_rows == 0:
             return
-        self._fit_channels(width)
         values = record.tensor()
+        if record.is_sampled and width > max(MAX_SAMPLED_WIDTH, MAX_WIDTH_A_VALUE * values.numel()):
+            self._forget_channels()
+        else:
+            self._fit_channels(width)
         if values.is_complex():
             values = values.abs()
         if record.is_sampled:
@@ -303,8 +311,11 @@ class SiteStatistics:
             self.channel_counts = np.zeros(width, np.int64)
         elif self.channel_sums is not None and len(self.channel_sums) != width:
             # A last dimension that varies is no channel dimension.
-            self.has_fixed_width = False
-            self.channel_sums = self.channel_counts = None
+            self._forget_channels()
+
+    def _forget_channels(self) -> None:
+        self.has_fixed_width = False
+        self.channel_sums = self.channel_counts = None
 
     def top_channels(self) -> list[list[int | float]]:
         """The channels of the largest mean absolute value: [channel, value], largest first."""

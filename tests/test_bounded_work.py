@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from written import write_stream
 
 from fx_instrument.activations import open_stream
+from fx_instrument.analysis import analyze_activations
 from fx_instrument.errors import CorruptStreamError
 from fx_instrument.export import export_stream
 from fx_instrument.record_table import record_rows
@@ -20,6 +22,8 @@ from fx_instrument.stream.frames import Prolog, SiteEntry, write_sites
 from fx_instrument.stream.index import IndexRow, write_index
 from fx_instrument.stream.payload import LEAD_BYTES
 from fx_instrument.stream.reader import StreamReader
+from fx_instrument.stream.records import RecordMeta
+from fx_instrument.stream.writer import StreamWriter
 
 SITE = "model.layers.0.mlp"
 
@@ -54,6 +58,23 @@ def test_steps_that_a_file_only_claims_cost_nothing(tmp_path: Path, monkeypatch:
     with np.load(tmp_path / "a.npz") as found:
         assert (found["inputs/2/input_ids"] == ids.numpy()).all()
         assert len([name for name in found.files if name.startswith("inputs/")]) == 1
+
+
+def test_the_width_that_a_sampled_record_claims_costs_nothing(tmp_path: Path) -> None:
+    """One value of a tensor of 2**24 channels, for which sums by channel took 0.6 GB; the rest is told of it."""
+    path = tmp_path / "a.stream"
+    metadata = {"config": {"hook_config": {"sampling_rate": 1e-300, "seed": 0}}}
+    writer = StreamWriter(path, metadata=metadata, codec="zstd")
+    site = writer.add_site(SITE, "mlp")
+    value = np.full(1, 3, np.float32)
+    writer.put(RecordMeta(site, 0, 0, "float32", (1,), (1, 1 << 24)), value.view(np.uint8))
+    writer.close({"num_steps": 1})
+    tracemalloc.start()
+    found = analyze_activations(path)["sites"][SITE]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
+    assert (found["mean"], found["shape"], found["top_channels"]) == (3.0, [1, 1 << 24], [])
 
 
 def test_a_record_of_many_small_parts_is_scanned_in_time_linear_in_them(tmp_path: Path) -> None:
