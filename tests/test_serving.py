@@ -32,7 +32,7 @@ from fx_instrument import (
 from fx_instrument.capture.session import Session
 from fx_instrument.requests import NO_REQUEST, ROWS_INPUT
 from fx_instrument.serving.folder import RecordingFolder
-from fx_instrument.serving.tags import Request, tagged
+from fx_instrument.serving.tags import Request, ran, tagged
 from fx_instrument.stream import segment_writer
 
 SITES = 2 * PLAIN.depth
@@ -608,6 +608,7 @@ def test_rows_of_a_padded_batch() -> None:
         ("b", 0, 4),
         (None, 0, 1),
     ]
+    ran(first)
     longer = torch.cat([mask, torch.ones(2, 1, dtype=torch.int64)], 1)
     places = torch.tensor([[3], [4]])
     second = request.runs({"input_ids": ids[:, :1], "attention_mask": longer, "position_ids": places})

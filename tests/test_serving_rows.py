@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import PLAIN, make, tokens
 from tiny_llm import tiny_llama
 
 from fx_instrument import InstrumentationConfig, InstrumentationFramework, Recorder, open_stream
@@ -67,3 +68,96 @@ def test_a_sliding_window_is_no_padding() -> None:
     mask[:, 3:6] = True
     runs = Request(("a", "b"), 0.0).runs({"input_ids": prompt(2, 6), "attention_mask": mask})
     assert [(tag and tag.id, position, count) for tag, position, count in runs] == [("a", 0, 6), ("b", 0, 6)]
+
+
+def test_what_was_not_seen_is_missing(tmp_path: Path) -> None:
+    """Calls while the recorder is off leave the positions behind them unknown, where no input tells them."""
+    model, framework = instrumented(make(PLAIN))
+    recorder = Recorder(framework, tmp_path / "r", min_free_bytes=0)
+    with recorder.request("early"):
+        model(tokens(1, 5))
+        recorder.start()
+        model(tokens(1, 1))
+    with recorder.request("cut"):
+        model(tokens(1, 5))
+        model(tokens(1, 1))
+        recorder.rotate()
+        model(tokens(1, 1))
+        recorder.stop()
+        model(tokens(1, 1))
+        recorder.start()
+        model(tokens(1, 1))
+    with recorder.request(["odd", "odder"]):
+        model(tokens(3, 5))
+        model(tokens(2, 1))
+    with recorder.request("whole"):
+        model(tokens(1, 4))
+        model(tokens(1, 1))
+    recorder.close()
+    with open_stream(tmp_path / "r") as stream:
+        assert stream.requests == ("cut", "whole")
+        for name, num_tokens, num_prompt in (("cut", 7, 5), ("whole", 5, 4)):
+            request = stream.request(name)
+            assert request["layers.0.mlp"].token_positions.tolist() == list(range(num_tokens))
+            assert request.num_prompt_tokens == num_prompt
+
+
+def test_positions_that_the_inputs_tell(tmp_path: Path) -> None:
+    """A request that is seen from its middle on has the positions of its inputs, and a prompt of unknown length."""
+    model, framework = llm()
+    recorder = Recorder(framework, tmp_path / "r", min_free_bytes=0)
+    cache_of = pytest.importorskip("transformers").DynamicCache
+    ids = prompt(1, 12)
+    cache = cache_of(config=model.config)
+    with recorder.request("late"):
+        model(ids[:, :8], past_key_values=cache)
+        recorder.start()
+        model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    cache = cache_of(config=model.config)
+    model(ids[:, :8], past_key_values=cache)
+    with recorder.request("prefix"):
+        model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    recorder.close()
+    with open_stream(tmp_path / "r") as stream:
+        for name in ("late", "prefix"):
+            request = stream.request(name)
+            assert request[SITE].token_positions.tolist() == list(range(8, 14))
+            assert request[SITE].missing_positions.tolist() == list(range(8))
+            assert request.num_prompt_tokens is None
+
+
+class Fails(torch.nn.Module):
+    """Raises where the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.times:
+            self.times -= 1
+            raise RuntimeError("out of memory")
+        return x
+
+
+def test_a_call_that_is_tried_again(tmp_path: Path) -> None:
+    """A forward call that failed moved nothing on, and one that runs while the caller handles the failure does."""
+    model = make(PLAIN)
+    fails = Fails()
+    model.layers[1].norm1 = torch.nn.Sequential(model.layers[1].norm1, fails)
+    model, framework = instrumented(model)
+    with Recorder(framework, tmp_path / "r", min_free_bytes=0) as recorder, recorder.request("again"):
+        fails.times = 1
+        try:
+            model(tokens(1, 4))
+        except RuntimeError:
+            model(tokens(1, 4))
+        model(tokens(1, 1))
+    with open_stream(tmp_path / "r") as stream:
+        request = stream.request("again")
+        assert request.num_prompt_tokens == 4
+        for site in ("layers.0.mlp", "layers.1.mlp"):
+            rows = request[site]
+            assert rows.token_positions.tolist() == [0, 1, 2, 3, 4]
+            steps = [stream.read(site, step)[0] for step in (1, 2)]
+            assert torch.equal(rows.tensor(), torch.cat(steps))

@@ -145,6 +145,7 @@ class Recorder:
                 if not self._is_capturing:
                     framework._capture = None
                 raise
+            self._router.epoch += 1
             self._files.replace(lane)
             log.info("activation recording switched on: %s", lane.path)
 
@@ -190,7 +191,8 @@ class Recorder:
             raise ValueError(
                 f"request_id must be one or several strings that are not all empty, got {request_id!r}"
             )
-        with in_request(Request(ids, self._max_stall_s)):
+        epoch = self._router.epoch  # read first: what starts in between counts as not seen
+        with in_request(Request(ids, self._max_stall_s, epoch=epoch if self.active else None)):
             yield
 
     def set_row_source(self, source: RowSource | None) -> None:

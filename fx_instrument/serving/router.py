@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ import torch
 from ..graph.sites import Site
 from .lane import Lane
 from .rotation import RotatingFiles
-from .tags import Request, RowSource, SourcedRows, current_request, tagged
+from .tags import Request, RowSource, SourcedRows, TaggedRun, current_request, ran, tagged
 
 
 @dataclass
@@ -31,6 +32,9 @@ class _Mine(threading.local):
         self.lane: Lane | None = None
         self.request: Request | None = None
         self.patience_s = 0.0
+        self.runs: list[TaggedRun] = []
+        self.handled: BaseException | None = None
+        """The exception that was being handled when the call began, as in a caller's second try."""
 
 
 class Router:
@@ -51,6 +55,8 @@ class Router:
         self._sourced: SourcedRows | None = None
         self._lock = threading.Lock()  # which requests a file has named
         self._mine = _Mine()
+        self.epoch = 0
+        """Changed before each file that is begun after a time without one: a request may have calls from in between."""
 
     def set_row_source(self, source: RowSource | None) -> None:
         """Ask ``source`` whose rows a forward call outside ``in_request`` computes."""
@@ -67,10 +73,12 @@ class Router:
         mine = self._mine
         if mine.lane is not None:
             # The call before was cut off by an exception inside one compiled function.
+            mine.runs = []
             self.end_step()
         request = current_request()
         mine.in_step = True
         mine.request = request
+        mine.runs, mine.handled = [], sys.exc_info()[1]
         mine.patience_s = self._max_stall_s
         if request is None and self._requests_only:
             return
@@ -81,7 +89,12 @@ class Router:
 
     def _begin(self, lane: Lane, inputs: Mapping[str, torch.Tensor], request: Request | None) -> None:
         session, sourced = lane.session, self._sourced
-        runs = request.runs(inputs) if request is not None else sourced.runs() if sourced is not None else []
+        runs: list[TaggedRun] = []
+        if request is not None:
+            runs = request.runs(inputs, self.epoch)
+        elif sourced is not None:
+            runs = sourced.runs()
+        self._mine.runs = runs
         if not runs:
             session.begin_step(inputs)
             return
@@ -98,6 +111,11 @@ class Router:
     def end_step(self) -> None:
         mine = self._mine
         lane, mine.lane, mine.request, mine.in_step = mine.lane, None, None, False
+        runs, mine.runs = mine.runs, []
+        handled, mine.handled = mine.handled, None
+        if sys.exc_info()[1] is handled:
+            # A call that an exception ends may be tried again: its tokens are still to come.
+            ran(runs)
         if lane is not None:
             with self._shielded(lane):
                 lane.session.end_step()

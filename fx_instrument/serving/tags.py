@@ -40,13 +40,14 @@ class Tag:
         self.id = request_id
         # Drawn, not counted: files of several processes, read as one, must not share a number.
         self.number = secrets.randbits(62)
-        self.next_position = 0
+        self.next_position: int | None = 0
+        """Of the next call's first token, while every call of the sequence was seen; None: only its inputs can tell."""
         self._whole_prompt = whole_prompt
         self._prompt_tokens: int | None = None
 
-    def entry(self, num_tokens: int) -> dict[str, Any]:
-        """What a file says of the request, whose forward call of ``num_tokens`` is recorded as its first there."""
-        if self._prompt_tokens is None and self._whole_prompt:
+    def entry(self, position: int, num_tokens: int) -> dict[str, Any]:
+        """What a file says of the request, of which it has ``num_tokens`` from ``position`` on as the first."""
+        if position == 0 and self._whole_prompt:
             self._prompt_tokens = num_tokens
         # A client may use an id twice; this one is the request's own.
         engine_id = f"{self.id}-{self.number & 0xFFFFFFFF:08x}"
@@ -58,21 +59,48 @@ class Tag:
         }
 
 
-class Request:
-    """What runs inside one ``Recorder.request``; shared by the threads that serve it."""
+TaggedRun = tuple[Tag | None, int, int]
+"""Whose rows (None: nobody's), token position of the first one, number of rows."""
 
-    def __init__(self, ids: Sequence[str], patience_s: float) -> None:
+
+class Request:
+    """What runs inside one ``Recorder.request``; shared by the threads that serve it.
+
+    Args:
+        epoch: of the recorder, a number that each start changes; None while it is off.
+    """
+
+    def __init__(self, ids: Sequence[str], patience_s: float, *, epoch: int | None = 0) -> None:
         self.ids = tuple(ids)
         self.patience_s = patience_s
+        self._epoch = epoch
+        self._first_position: int | None = 0  # of sequences that are not known yet
         self._tags: dict[str, Tag] = {}
         self._lock = threading.Lock()
 
-    def runs(self, inputs: Mapping[str, torch.Tensor]) -> list[tuple[Tag | None, int, int]]:
+    def runs(self, inputs: Mapping[str, torch.Tensor], epoch: int = 0) -> list[TaggedRun]:
         """Whose rows the forward call with these inputs computes; empty where its inputs don't tell.
 
-        The batch rows are those of the ids, and nobody's where the id is "". Several rows of one id (beams, or a batch
-        in one request) are told apart as ``id#0``, ``id#1``, ...
+        The batch rows are those of the ids, and nobody's where the id is "", or where calls before were not seen and
+        the inputs don't tell the positions. Several rows of one id (beams, or a batch in one request) are told apart
+        as ``id#0``, ``id#1``, ...
         """
+        with self._lock:
+            if epoch != self._epoch:
+                self._epoch = epoch
+                self._lose_positions()
+            runs = self._runs(inputs)
+            if not runs:
+                self._lose_positions()
+            return runs
+
+    def _lose_positions(self) -> None:
+        """Nobody saw what a forward call of this request computed."""
+        self._first_position = None
+        for tag in self._tags.values():
+            tag.next_position = None
+
+    def _runs(self, inputs: Mapping[str, torch.Tensor]) -> list[TaggedRun]:
         tokens = inputs.get(TOKENS_INPUT)
         if tokens is None or tokens.dim() != 2 or "decoder_input_ids" in inputs:
             return []
@@ -92,23 +120,24 @@ class Request:
         positions = inputs.get("position_ids")
         if positions is not None and (positions.device.type != "cpu" or positions.shape != tokens.shape):
             positions = None
-        found: list[tuple[Tag | None, int, int]] = []
-        with self._lock:
-            for row, name in enumerate(names):
-                if not name:
-                    found.append((None, 0, length))
-                    continue
-                left, right = _padding(real[row]) if real is not None else (0, 0)
-                count = length - left - right
-                tag = self._tags.setdefault(name, Tag(name))
-                start = tag.next_position
-                if positions is not None and count:
-                    first = int(positions[row, left])
-                    if int(positions[row, left + count - 1]) == first + count - 1:
-                        start = first
-                tag.next_position = start + count
-                parts = ((None, 0, left), (tag, start, count), (None, 0, right))
-                found += [part for part in parts if part[2]]
+        found: list[TaggedRun] = []
+        for row, name in enumerate(names):
+            if not name:
+                found.append((None, 0, length))
+                continue
+            left, right = _padding(real[row]) if real is not None else (0, 0)
+            count = length - left - right
+            tag = self._tags.get(name)
+            if tag is None:
+                tag = self._tags[name] = Tag(name)
+                tag.next_position = self._first_position
+            start = tag.next_position
+            if positions is not None and count:
+                first = int(positions[row, left])
+                if int(positions[row, left + count - 1]) == first + count - 1:
+                    start = first
+            mine: TaggedRun = (None, 0, count) if start is None else (tag, start, count)
+            found += [part for part in ((None, 0, left), mine, (None, 0, right)) if part[2]]
         return found
 
 
@@ -120,7 +149,7 @@ class SourcedRows:
         self._tags: OrderedDict[str, Tag] = OrderedDict()
         self._lock = threading.Lock()
 
-    def runs(self) -> list[tuple[Tag | None, int, int]]:
+    def runs(self) -> list[TaggedRun]:
         named = self._source() or ()
         with self._lock:
             return [(self._tag(name) if name else None, position, count) for name, position, count in named]
@@ -135,19 +164,25 @@ class SourcedRows:
         return tag
 
 
+def ran(runs: Sequence[TaggedRun]) -> None:
+    """The forward call of these runs succeeded: the next one goes on behind them."""
+    for tag, position, count in runs:
+        if tag is not None:
+            tag.next_position = position + count
+
+
 def tagged(
-    inputs: Mapping[str, torch.Tensor], runs: Sequence[tuple[Tag | None, int, int]], introduced: set[int]
+    inputs: Mapping[str, torch.Tensor], runs: Sequence[TaggedRun], introduced: set[int]
 ) -> dict[str, torch.Tensor]:
     """``inputs`` with the notes on ``runs``; requests that are not ``introduced`` in this file yet are."""
     if not runs:
         return dict(inputs)
     numbered = [(NO_REQUEST if tag is None else tag.number, position, count) for tag, position, count in runs]
     noted = {**inputs, ROWS_INPUT: encode_rows(numbered)}
-    new = {
-        tag.number: tag.entry(count)
-        for tag, _, count in runs
-        if tag is not None and tag.number not in introduced
-    }
+    new: dict[int, dict[str, Any]] = {}
+    for tag, position, count in runs:
+        if tag is not None and tag.number not in introduced and tag.number not in new:
+            new[tag.number] = tag.entry(position, count)
     if new:
         noted[NEW_INPUT] = encode_new(list(new.values()))
         introduced.update(new)
