@@ -118,7 +118,8 @@ class Attachment:
             if name and _is_compiled(module) and any(site.name.startswith(f"{name}.") for site in self.sites)
         }
         self._handles.append(model.register_forward_pre_hook(BeginStep(marker, names), with_kwargs=True))
-        self._handles.append(model.register_forward_hook(EndStep(marker)))
+        # A call that an exception cuts off is over too: else a file in a server would wait for its end for good.
+        self._handles.append(model.register_forward_hook(EndStep(marker), always_call=True))
 
     def open(self, sink: Sink, *, timeout_s: float | None = None) -> None:
         """Run the capturing variant from now on, and deliver to ``sink``; TimeoutError as ``Gate.switch``."""

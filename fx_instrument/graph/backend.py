@@ -263,6 +263,9 @@ class CapturedGraph:
         except BaseException:
             if ticket is not None and not (taker is not None and taker.took):
                 sink.cancel(ticket)
+            if self._begins:
+                # The forward call began in this graph, and no hook of its model sees it cut off.
+                sink.end_step()
             raise
         return outputs, values
 

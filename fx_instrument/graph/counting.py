@@ -145,6 +145,8 @@ class BeginStep:
 
 
 class EndStep:
+    """Called with None for the output where an exception cut the call off, outside compiled code."""
+
     def __init__(self, marker: Marker) -> None:
         self._marker = marker
 
@@ -155,13 +157,13 @@ class EndStep:
         if torch.compiler.is_dynamo_compiling():
             step_end()
         else:
-            self._end()
+            self._end(output is not None)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _end(self) -> None:
+    def _end(self, completed: bool) -> None:
         if self._marker.sink is not None and not is_recomputing():
             self._marker.sink.end_step()
-            self._marker.witness.completed = True
+            self._marker.witness.completed |= completed
 
 
 def positional_names(model: nn.Module) -> tuple[str, ...]:
