@@ -55,7 +55,7 @@ def analyze_activations(
         mean_token_norm and max_token_norm (L2), zero_fraction, nonfinite (count; left out of everything else),
         excess_kurtosis, top_channels (pairs of channel and mean absolute value, largest first; none where
         the width varies, or is over 2**20 and over 64 times the values of a sampled record). What is not defined (no
-        finite value, a constant, norms of sampled tokens) is None.
+        finite value, a constant, norms of sampled tokens), or leaves float64's range on the way, is None.
 
         Tokens that the step's ``attention_mask`` marks as padding are left out of all of these but ``records``.
 
@@ -181,16 +181,19 @@ class Moments:
         n = a + b
         if b == 0:
             return
-        delta = other.mean - self.mean
-        self.m4 += (
+        # Python's float raises where a power overflows; NumPy's gives infinity.
+        delta = np.float64(other.mean) - self.mean
+        self.m4 += float(
             other.m4
             + delta**4 * a * b * (a * a - a * b + b * b) / n**3
             + 6 * delta**2 * (a * a * other.m2 + b * b * self.m2) / n**2
             + 4 * delta * (a * other.m3 - b * self.m3) / n
         )
-        self.m3 += other.m3 + delta**3 * a * b * (a - b) / n**2 + 3 * delta * (a * other.m2 - b * self.m2) / n
-        self.m2 += other.m2 + delta**2 * a * b / n
-        self.mean += delta * b / n
+        self.m3 += float(
+            other.m3 + delta**3 * a * b * (a - b) / n**2 + 3 * delta * (a * other.m2 - b * self.m2) / n
+        )
+        self.m2 += float(other.m2 + delta**2 * a * b / n)
+        self.mean += float(delta * b / n)
         self.count = n
 
 
@@ -215,6 +218,8 @@ class SiteStatistics:
     channel_counts: npt.NDArray[np.int64] | None = None
     has_fixed_width: bool = True
 
+    # Squares and sums of large float64 values leave its range: to_dict says None for what comes of them.
+    @np.errstate(over="ignore", invalid="ignore")
     def add(self, record: Record, kept_rows: npt.NDArray[np.bool_] | None) -> None:
         """Take in one record.
 
@@ -317,7 +322,7 @@ class SiteStatistics:
         self.has_fixed_width = False
         self.channel_sums = self.channel_counts = None
 
-    def top_channels(self) -> list[list[int | float]]:
+    def top_channels(self) -> list[list[int | float | None]]:
         """The channels of the largest mean absolute value: [channel, value], largest first."""
         if self.channel_sums is None or self.channel_counts is None:
             return []
@@ -328,7 +333,7 @@ class SiteStatistics:
             where=self.channel_counts > 0,
         )
         order = np.argsort(-means, kind="stable")[:NUM_TOP_CHANNELS]
-        return [[int(channel), float(means[channel])] for channel in order if means[channel] >= 0]
+        return [[int(channel), _finite(float(means[channel]))] for channel in order if means[channel] >= 0]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; None where nothing defines a number."""
@@ -338,20 +343,26 @@ class SiteStatistics:
         m2 = moments.m2 if self.high > self.low else 0.0
         # The square leaves float64's range for spreads below 1e-80.
         kurtosis = moments.m4 * moments.count / (m2 * m2) - 3 if m2 * m2 > 0 else None
+        # The sum of values near the end of float64's range leaves it.
+        mean = moments.mean if self.high > self.low else self.low
         return {
             "role": self.role,
             "records": self.records,
             "tokens": self.tokens,
             "shape": self.shape,
             "dtype": ", ".join(self.dtypes) or None,
-            "mean": moments.mean if some else None,
-            "std": math.sqrt(m2 / moments.count) if some else None,
+            "mean": _finite(mean),
+            "std": _finite(math.sqrt(m2 / moments.count)) if some else None,
             "min": self.low if some else None,
             "max": self.high if some else None,
-            "mean_token_norm": self.mean_norm if self.num_norms else None,
-            "max_token_norm": self.max_norm if self.num_norms else None,
+            "mean_token_norm": _finite(self.mean_norm) if self.num_norms else None,
+            "max_token_norm": _finite(self.max_norm) if self.num_norms else None,
             "zero_fraction": self.zeros / moments.count if some else None,
             "nonfinite": self.nonfinite,
-            "excess_kurtosis": kurtosis,
+            "excess_kurtosis": None if kurtosis is None else _finite(kurtosis),
             "top_channels": self.top_channels(),
         }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

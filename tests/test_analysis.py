@@ -182,6 +182,29 @@ def test_what_is_not_defined_is_none(tmp_path):
     assert found["tiny.mlp"]["excess_kurtosis"] is None
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_what_leaves_the_range_of_float64_is_none(tmp_path, dtype):
+    """Squares, fourth powers and sums of large values; what is in range is told as ever."""
+    largest = torch.finfo(torch.float64).max
+
+    def rows(*values):
+        return torch.tensor([values], dtype=torch.float64).to(dtype)
+
+    made = [
+        {"powers.mlp": rows(0, 0), "equal.mlp": rows(largest, largest), "far.mlp": rows(0, 1, largest)},
+        {"powers.mlp": rows(1e80, 1e80), "equal.mlp": rows(largest, largest), "far.mlp": rows(0, 1, largest)},
+    ]
+    found = analyse(tmp_path, made)["sites"]
+    powers, equal, far = (found[f"{name}.mlp"] for name in ("powers", "equal", "far"))
+    assert (powers["mean"], powers["std"], powers["excess_kurtosis"]) == (5e79, 5e79, None)
+    assert powers["max_token_norm"] == pytest.approx(2**0.5 * 1e80)
+    assert (equal["mean"], equal["std"], equal["excess_kurtosis"]) == (largest, 0, None)
+    assert equal["max_token_norm"] is None and equal["top_channels"] == [[0, None], [1, None]]
+    assert (far["min"], far["max"], far["nonfinite"]) == (0, largest, 0)
+    assert far["std"] is None and far["excess_kurtosis"] is None
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_sampled_records_give_statistics_of_the_samples_by_channel(tmp_path, padded):
     sampling = HookConfig(sampling_rate=0.25, seed=3)
