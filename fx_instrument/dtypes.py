@@ -20,8 +20,8 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` in a dtype that NumPy has: bfloat16 and float8 become float32, which holds them exactly."""
+    """``tensor`` in a dtype that NumPy has, exactly: bfloat16 and float8 as float32, complex32 as complex64."""
     # numpy knows half, float and double; every other floating dtype of torch is a narrower one.
     if tensor.dtype.is_floating_point and tensor.dtype not in (torch.float16, torch.float32, torch.float64):
         return tensor.to(torch.float32)
-    return tensor
+    return tensor.to(torch.complex64) if tensor.dtype == torch.complex32 else tensor

@@ -50,8 +50,8 @@ def export_stream(
 ) -> list[Path]:
     """Write the records into ``output`` and return the files (or the one folder) that were made.
 
-    Values keep every bit: safetensors holds them in the captured dtype; the others, which lack bfloat16 and float8,
-    hold those as float32, and ``dtype`` says what to cast back to.
+    Values keep every bit: safetensors holds them in the captured dtype; the others, which lack bfloat16, float8
+    and complex32, hold those as float32 and complex64, and ``dtype`` says what to cast back to.
 
     - safetensors, npz: one array a record, named ``SITE/STEP/CALL``; inputs as ``inputs/STEP/NAME``; of a stream
       of several ranks each behind ``rankN/``; sampled positions as ``positions/NUMEL``; everything else in the
@@ -141,6 +141,9 @@ class _Selection:
                 for name, tensor in self.stream.inputs(step, rank=rank).items():
                     yield f"{self._of_rank(rank)}inputs/{step}/{name}", tensor
 
+    def dtypes(self) -> set[torch.dtype]:
+        return {record.dtype for site in self.sites for record in self.stream[site.name]}
+
     def array_name(self, record: Record, separator: str = "/") -> str:
         """Name of a record's array."""
         return f"{self._of_rank(record.rank)}{record.site}/{record.step}{separator}{record.call}"
@@ -173,6 +176,8 @@ def _to_safetensors(
     library = _require("safetensors.torch", "safetensors")
     if shard_bytes <= 0:
         raise ValueError(f"shard_bytes must be greater than 0, got {shard_bytes!r}")
+    if lacking := selection.dtypes() & {torch.complex32, torch.complex128}:
+        raise ValueError(f"safetensors has no {', '.join(sorted(map(str, lacking)))}; export to npz or zarr")
     metadata = {"fx_instrument": selection.description()}
     shards: list[tuple[Path, list[str]]] = []
     held: dict[str, torch.Tensor] = {}
@@ -217,9 +222,8 @@ def _to_safetensors(
             files.append(file)
             weight_map.update(dict.fromkeys(names, file.name))
         index = _index_of(path)
-        index.write_text(
-            json.dumps({"metadata": {"total_size": total_bytes, **metadata}, "weight_map": weight_map})
-        )
+        described = {"metadata": {"total_size": total_bytes, **metadata}, "weight_map": weight_map}
+        index.write_text(json.dumps(described))
         return [*files, index]
     finally:
         for part, _ in shards:
@@ -247,10 +251,8 @@ def _to_npz(selection: _Selection, path: Path) -> None:
         for name, tensor in selection.inputs():
             put(name, tensor.numpy())
         description = json.loads(selection.description())
-        put(
-            "__metadata__",
-            np.array(json.dumps({**description, "dtypes": dtypes, "full_shapes": full_shapes})),
-        )
+        description.update(dtypes=dtypes, full_shapes=full_shapes)
+        put("__metadata__", np.array(json.dumps(description)))
 
 
 def _to_zarr(selection: _Selection, path: Path) -> None:
@@ -349,7 +351,7 @@ def _to_arrow(selection: _Selection, path: Path, *, as_parquet: bool) -> None:
 
 def _common_dtype(selection: _Selection) -> np.dtype[Any]:
     """The NumPy dtype that holds the values of every chosen record exactly."""
-    dtypes = {record.dtype for site in selection.sites for record in selection.stream[site.name]}
+    dtypes = selection.dtypes()
     names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
     found = {widened(torch.empty(0, dtype=dtype)).numpy().dtype for dtype in dtypes} or {np.dtype(np.float32)}
     # Arrow's half floats are not readable everywhere; float32 holds them exactly.

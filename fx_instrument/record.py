@@ -103,7 +103,8 @@ class Record:
         return torch.from_numpy(owned).view(self.dtype).reshape(self.shape)
 
     def numpy(self, *, copy: bool = True) -> npt.NDArray[Any]:
-        """The values as NumPy has them: bfloat16 and float8, which it lacks, widened to float32 (exactly).
+        """The values as NumPy has them: bfloat16 and float8, which it lacks, widened to float32, complex32
+        to complex64 (exactly).
 
         Args:
             copy: False gives a read-only array, over the mapped file where ``tensor(copy=False)`` is and nothing is

@@ -217,6 +217,31 @@ def test_what_is_there_is_replaced_only_when_asked(tmp_path):
     assert not list(tmp_path.glob(".*.part"))
 
 
+@pytest.mark.parametrize("dtype", [torch.complex32, torch.complex64, torch.complex128], ids=str)
+def test_complex_values_are_kept_or_refused_before_anything_is_written(tmp_path, dtype):
+    pytest.importorskip("safetensors")
+    halves = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    parts = torch.where(halves.isfinite(), halves, 0).reshape(64, 512, 2)
+    complex32 = torch.view_as_complex(parts)
+    made = complex32 if dtype == torch.complex32 else complex32.to(torch.complex64).to(dtype)
+    with open_stream(write_stream(tmp_path / "a.stream", [{MLP: made}])) as stream:
+        read = stream[MLP][0].numpy()
+        assert read.dtype == (np.complex128 if dtype == torch.complex128 else np.complex64)
+        assert np.array_equal(np.stack([read.real, read.imag], -1), parts.to(torch.float64).numpy())
+        export_stream(stream, tmp_path / "a.npz")
+        with np.load(tmp_path / "a.npz") as found:
+            assert found[f"{MLP}/0/0"].dtype == read.dtype and np.array_equal(found[f"{MLP}/0/0"], read)
+        with pytest.raises(ValueError, match="Parquet and Arrow"):
+            export_stream(stream, tmp_path / "a.parquet")
+        if dtype == torch.complex64:
+            export_stream(stream, tmp_path / "a.safetensors")
+            return
+        (tmp_path / "a.safetensors").write_bytes(b"of an earlier export")
+        with pytest.raises(ValueError, match=f"safetensors has no .*{str(dtype).removeprefix('torch.')}"):
+            export_stream(stream, tmp_path / "a.safetensors", overwrite=True)
+    assert (tmp_path / "a.safetensors").read_bytes() == b"of an earlier export"
+
+
 def test_shards_are_replaced_only_when_asked_and_then_all(tmp_path):
     """A later export has fewer shards, or none: nothing of the earlier one stays beside it."""
     pytest.importorskip("safetensors")
