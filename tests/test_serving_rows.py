@@ -161,3 +161,34 @@ def test_a_call_that_is_tried_again(tmp_path: Path) -> None:
             assert rows.token_positions.tolist() == [0, 1, 2, 3, 4]
             steps = [stream.read(site, step)[0] for step in (1, 2)]
             assert torch.equal(rows.tensor(), torch.cat(steps))
+
+
+def test_an_id_that_comes_again(tmp_path: Path) -> None:
+    """Two sequences of one id are two requests: rows of a batch, calls in one block, and what a row source says."""
+    model, framework = llm()
+    with Recorder(framework, tmp_path / "r", min_free_bytes=0) as recorder:
+        with recorder.request("two"):
+            answers = [
+                model.generate(prompt(1, length), max_new_tokens=3, do_sample=False) for length in (8, 4)
+            ]
+        with recorder.request(["x", "x"]):
+            both = prompt(2, 5)
+            model(both)
+        with recorder.request("uncached"):
+            answers.append(model.generate(prompt(1, 6), max_new_tokens=3, do_sample=False, use_cache=False))
+        lengths = (5, 1, 3, 1, 5)
+        runs = iter([("s", 0, 5), ("s", 5, 1), ("s", 0, 3), ("s", 3, 1), ("s", 0, 5)])
+        recorder.set_row_source(lambda: [next(runs)])
+        for length in lengths:
+            model(prompt(1, length), use_cache=False)
+    with open_stream(tmp_path / "r") as stream:
+        by_id: dict[str, list[list[int]]] = {}
+        for name in stream.requests:
+            request = stream.request(name)
+            assert request[SITE].token_positions.tolist() == list(range(request.num_tokens))
+            by_id.setdefault(name.split("-")[0], []).append(list(request.token_ids().values()))
+        assert by_id["two"] == [answer[0, :-1].tolist() for answer in answers[:2]]
+        assert by_id["x"] == both.tolist()
+        assert by_id["uncached"] == [answers[2][0, :-1].tolist()]
+        # The last run has all tokens so far and one more: its engine computed them again.
+        assert [len(ids) for ids in by_id["s"]] == [6, 5]

@@ -201,7 +201,8 @@ class Recorder:
         Args:
             source: called on the engine's thread before each recorded forward call outside ``request``; returns
                 (request id, token position of the first row, number of rows) for each run of rows, in their order
-                and covering them, with "" for padding; None if it can't tell.
+                and covering them, with "" for padding; None if it can't tell. An id that begins again at position 0
+                is another request, unless the run has all of its tokens so far and one more: computed again.
         """
         self._router.set_row_source(source)
 

@@ -42,8 +42,18 @@ class Tag:
         self.number = secrets.randbits(62)
         self.next_position: int | None = 0
         """Of the next call's first token, while every call of the sequence was seen; None: only its inputs can tell."""
+        self.num_tokens = 0
+        """Behind the last token that ran."""
         self._whole_prompt = whole_prompt
         self._prompt_tokens: int | None = None
+
+    def begins_again(self, position: int, num_tokens: int) -> bool:
+        """Whether a call of these tokens begins another sequence, which happens to have the same id.
+
+        One that runs all tokens so far and the one behind them goes on without a cache, or after its engine gave up
+        what it had computed.
+        """
+        return position == 0 and self.num_tokens not in (0, num_tokens - 1)
 
     def entry(self, position: int, num_tokens: int) -> dict[str, Any]:
         """What a file says of the request, of which it has ``num_tokens`` from ``position`` on as the first."""
@@ -75,7 +85,7 @@ class Request:
         self.patience_s = patience_s
         self._epoch = epoch
         self._first_position: int | None = 0  # of sequences that are not known yet
-        self._tags: dict[str, Tag] = {}
+        self._tags: dict[tuple[int, str], Tag] = {}  # two clients of one batch may use the same id
         self._lock = threading.Lock()
 
     def runs(self, inputs: Mapping[str, torch.Tensor], epoch: int = 0) -> list[TaggedRun]:
@@ -127,15 +137,17 @@ class Request:
                 continue
             left, right = _padding(real[row]) if real is not None else (0, 0)
             count = length - left - right
-            tag = self._tags.get(name)
+            tag = self._tags.get((row, name))
             if tag is None:
-                tag = self._tags[name] = Tag(name)
+                tag = self._tags[row, name] = Tag(name)
                 tag.next_position = self._first_position
             start = tag.next_position
             if positions is not None and count:
                 first = int(positions[row, left])
                 if int(positions[row, left + count - 1]) == first + count - 1:
                     start = first
+            if start is not None and tag.begins_again(start, count):
+                tag = self._tags[row, name] = Tag(name)
             mine: TaggedRun = (None, 0, count) if start is None else (tag, start, count)
             found += [part for part in ((None, 0, left), mine, (None, 0, right)) if part[2]]
         return found
@@ -152,11 +164,14 @@ class SourcedRows:
     def runs(self) -> list[TaggedRun]:
         named = self._source() or ()
         with self._lock:
-            return [(self._tag(name) if name else None, position, count) for name, position, count in named]
+            return [
+                (self._tag(name, position, count) if name else None, position, count)
+                for name, position, count in named
+            ]
 
-    def _tag(self, name: str) -> Tag:
+    def _tag(self, name: str, position: int, count: int) -> Tag:
         tag = self._tags.get(name)
-        if tag is None:
+        if tag is None or tag.begins_again(position, count):
             tag = self._tags[name] = Tag(name, whole_prompt=False)
             if len(self._tags) > _KNOWN:
                 self._tags.popitem(last=False)
@@ -168,7 +183,7 @@ def ran(runs: Sequence[TaggedRun]) -> None:
     """The forward call of these runs succeeded: the next one goes on behind them."""
     for tag, position, count in runs:
         if tag is not None:
-            tag.next_position = position + count
+            tag.next_position = tag.num_tokens = position + count
 
 
 def tagged(
