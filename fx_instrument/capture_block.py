@@ -126,6 +126,10 @@ class Capture:
             log.error("the capture failed too: %s", failure)
             if hasattr(error, "add_note"):
                 error.add_note(f"fx_instrument: {failure}")
+        except BaseException:
+            # Ctrl-C while the file is ended: nobody will do so later, and it would stay open and locked.
+            session.abandon()
+            raise
 
 
 def process_rank() -> tuple[int, int]:

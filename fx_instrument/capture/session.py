@@ -133,6 +133,8 @@ class Session:
         replays: bool = False,
         early: bool = False,
     ) -> _Ticket:
+        if self._closed:
+            return _Ticket(0, dropped=True)
         total = num_bytes + len(sites) * RECORD_OVERHEAD_BYTES
         needed = 2 * total if self._drop else total
         if needed > self._budget.limit_bytes and self._patience is None:
@@ -143,8 +145,6 @@ class Session:
                 f"leaves the buffer {self._budget.limit_bytes} bytes; raise max_memory_gb, or capture fewer sites "
                 f"or samples"
             )
-        if self._closed:
-            return _Ticket(0, dropped=True)
         if device is not None:
             return self._reserve_on(device, device_bytes, total, overwritten=replays)
         if not self._drop or needed > self._budget.limit_bytes:
@@ -364,6 +364,16 @@ class Session:
             raise CaptureFailedError(
                 f"the capture's drain thread failed: {self._drain.failure!r}"
             ) from self._drain.failure
+
+    def abandon(self) -> None:
+        """Stop at once, where ``close`` was interrupted: the file has what was stored so far, and no index."""
+        if self._ended:
+            return
+        self._closed = self._ended = True
+        self._shut()
+        self._drain.end()
+        self._writer.abandon()
+        self._transfer.close()
 
     def _summary(self) -> dict[str, Any]:
         """What the file says of its capture."""

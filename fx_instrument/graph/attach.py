@@ -131,12 +131,22 @@ class Attachment:
     def close(self, *, timeout_s: float | None = None) -> Witness:
         """Run the idle variant from now on; calls of other threads that deliver have finished then.
 
-        Returns what the block saw; TimeoutError as ``Gate.switch``.
+        Returns what the block saw; TimeoutError as ``Gate.switch``. After an interrupt the idle variant runs all the
+        same, also while such calls go on.
         """
-        with self.gate.switch(timeout_s=timeout_s):
-            self.marker.sink = None
-            self.marker.capturing = False
+        try:
+            with self.gate.switch(timeout_s=timeout_s):
+                self._run_idle()
+        except TimeoutError:
+            raise
+        except BaseException:
+            self._run_idle()
+            raise
         return self.marker.witness
+
+    def _run_idle(self) -> None:
+        self.marker.sink = None
+        self.marker.capturing = False
 
     def check_unchanged(self) -> None:
         """Raise if a site's module was replaced, moved or stripped of its marker since it was instrumented."""
