@@ -25,8 +25,11 @@ from fx_instrument import (
     InstrumentationError,
     InstrumentationFramework,
     RewriteError,
+    open_stream,
 )
+from fx_instrument.graph import marker
 from fx_instrument.graph.marker import step_begin, step_end, tap
+from fx_instrument.stream.records import DTYPES
 
 
 class Recording:
@@ -509,6 +512,67 @@ def test_values_that_are_no_plain_tensors_are_refused() -> None:
         pytest.raises(RewriteError, match="NestedTensor"),
     ):
         model(nested)
+
+
+class Narrow(nn.Module):
+    """Returns what no stream can hold: a quantised tensor, or elements of less than a byte."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.dtype is torch.qint8:
+            return torch.quantize_per_tensor(x, 0.1, 0, self.dtype)
+        return torch.zeros(3, 4, dtype=torch.uint8).view(self.dtype)
+
+
+class Narrowing(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.narrow, self.mlp = Narrow(dtype), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, quantised: torch.Tensor | None = None, narrow: bool = False) -> Any:
+        if narrow:
+            self.narrow(x)
+        return self.mlp(x if quantised is None else x + quantised.dequantize())
+
+
+def test_streams_hold_the_dtypes_that_are_let_through() -> None:
+    assert {str(dtype).removeprefix("torch.") for dtype in marker._DTYPES} == set(DTYPES)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of quantised tensors and of graph breaks
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.float4_e2m1fn_x2], ids=str)
+def test_a_site_of_a_dtype_that_no_stream_holds_is_refused(dtype: torch.dtype) -> None:
+    """The call that computes it is refused; the capture goes on, and stores what it can."""
+    model, x = Narrowing(dtype), torch.randn(3, 4)
+    config = InstrumentationConfig(hook_config=HookConfig(target_layers=["narrow", "mlp"]))
+    framework = instrumented(model, config, backend="aot_eager")
+    with torch.no_grad(), framework.capture_activations(None) as capture:
+        model(x)
+        with pytest.raises(RewriteError, match=f"dtype {dtype}, which no stream can hold"):
+            model(x, narrow=True)
+        model(x)
+    assert capture.report.records == 2 and capture.report.dropped_records == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("route", ["instrumented", "the user compiles"])
+def test_an_input_of_a_dtype_that_no_stream_holds_is_left_out(route: str, tmp_path: Any) -> None:
+    """A quantised tensor is no integer input; the call is captured without it."""
+    model, x = Narrowing(torch.qint8), torch.randn(3, 4)
+    config = InstrumentationConfig(hook_config=HookConfig(target_layers=["mlp"]))
+    framework = instrumented(model, config, backend=None if route == "the user compiles" else "aot_eager")
+    call: Any = model
+    if route == "the user compiles":
+        call = torch.compile(model, backend=framework.backend("aot_eager"))
+    with torch.no_grad(), framework.capture_activations(tmp_path / "o.stream") as capture:
+        call(x, torch.quantize_per_tensor(x, 0.1, 0, torch.qint8))
+        call(x)
+    assert capture.report.records == 2
+    with open_stream(tmp_path / "o.stream") as stream:
+        assert [stream.inputs(step) for step in range(2)] == [{}, {}]
 
 
 @pytest.mark.skipif(

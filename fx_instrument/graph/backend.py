@@ -14,8 +14,9 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import is_fake
 
 from ..errors import RewriteError
+from .counting import checked
 from .early import Taker
-from .marker import Marker, Sink, is_recomputing
+from .marker import Marker, Sink, check_dtype, is_recomputing
 from .rewrite import Rewritten, Sampling, insert_captures
 from .shapes import SizeReader
 from .sites import Site
@@ -184,6 +185,7 @@ class CapturedGraph:
         kept = [planned.kept for planned in rewritten.planned]
         self._device = next((value.device for value in kept if value.device.type == "cuda"), None)
         self._replays = replays
+        self._ran = False
         # What stays on a device needs no room on the host before it is on its way there.
         self._num_bytes, self._device_bytes = (
             sizes.total(
@@ -213,7 +215,7 @@ class CapturedGraph:
             return self._compiled(*self._arguments(args))[: self._num_outputs]
         if self._begins:
             named = zip(self._input_names, self._inputs, strict=True)
-            sink.begin_step({name: args[index] for name, index in named})
+            sink.begin_step(checked({name: args[index] for name, index in named}))
         chosen = self._chosen(args)
         sites = chosen.sites
         full_shapes: Sequence[tuple[int, ...]] | None = None
@@ -255,6 +257,11 @@ class CapturedGraph:
         try:
             outputs = self._compiled(*self._arguments(args))
             values = outputs[self._num_outputs : len(outputs) - self._hands_over]
+            if not self._ran:
+                # Example values of quantised tensors have the dtype of what they were made from.
+                for value in values:
+                    check_dtype(value, "a site's value")
+                self._ran = True
             if len(values) != len(self.planned):
                 raise RewriteError(
                     f"a graph with {len(self.planned)} planned captures returned {len(values)}: the inner backend "

@@ -13,7 +13,17 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from ..errors import IncompleteCaptureWarning, InstrumentationError
 from .gate import Gate
-from .marker import Marker, hook, is_exporting, is_plain, is_recomputing, step_begin, step_end, unwrapped
+from .marker import (
+    INTEGER_DTYPES,
+    Marker,
+    hook,
+    is_exporting,
+    is_plain,
+    is_recomputing,
+    step_begin,
+    step_end,
+    unwrapped,
+)
 
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
@@ -100,7 +110,7 @@ class CountedCall:
                 IncompleteCaptureWarning,
                 stacklevel=3,
             )
-        sink.begin_step(_checked(integer_inputs(self._input_names, args, kwargs)))
+        sink.begin_step(checked(integer_inputs(self._input_names, args, kwargs)))
         try:
             result = call(*args, **kwargs)
             marker.witness.completed = True
@@ -141,7 +151,7 @@ class BeginStep:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, args: Any, kwargs: Any) -> None:
         if self._marker.sink is not None and not is_recomputing():
-            self._marker.sink.begin_step(_checked(integer_inputs(self._input_names, args, kwargs)))
+            self._marker.sink.begin_step(checked(integer_inputs(self._input_names, args, kwargs)))
 
 
 class EndStep:
@@ -172,7 +182,7 @@ def positional_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds)
 
 
-def _checked(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def checked(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Those of the inputs that the file can hold."""
     unwrapped_inputs = {name: unwrapped(value, f"the input {name}") for name, value in inputs.items()}
     return {name: value for name, value in unwrapped_inputs.items() if is_plain(value)}
@@ -195,6 +205,6 @@ def integer_inputs(
         if name.endswith("attention_mask") and value.dim() == 4 and value.shape[2] > 0:
             row = value[:, 0, -1]
             inputs[name] = row == 0 if row.is_floating_point() else row != 0
-        elif value.dim() <= 2 and not value.is_floating_point() and not value.is_complex():
+        elif value.dim() <= 2 and value.dtype in INTEGER_DTYPES:
             inputs[name] = value
     return inputs

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import RewriteError
 from ..sampling import fold_seed, num_samples, place
+from .marker import check_dtype
 from .rewrite import Sampling
 from .sites import Site
 
@@ -116,7 +117,7 @@ def insert_exported(
     """A copy of the program's graph module with captures, and what of the program's constructor changes with it.
 
     Raises:
-        RewriteError: a site was called, and which value it returned can't be told.
+        RewriteError: a site was called, and which value it returned can't be told, or no stream holds its dtype.
     """
     gm = copy.deepcopy(program.graph_module)
     graph = gm.graph
@@ -207,6 +208,7 @@ def _returned(
 def _capture(graph: fx.Graph, value: fx.Node, last: fx.Node, sampling: Sampling | None) -> list[fx.Node]:
     """Insert a copy of ``value``, or its samples and whole shape, where its module returned."""
     fake = value.meta["val"]
+    check_dtype(fake, "a site's value")
     after = last
     if any(node is value for node in _following(last)):
         after = value

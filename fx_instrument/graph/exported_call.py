@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ..errors import InstrumentationError
-from .counting import integer_inputs
+from .counting import checked, integer_inputs
 from .exported import MARK, ExportedOutputs, read_spec
 from .gate import Gate
 from .marker import Sink
@@ -87,7 +87,7 @@ class ExportedCall:
             gate.leave()
 
     def _capture(self, sink: Sink, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        sink.begin_step(integer_inputs(self._input_names, args, kwargs))
+        sink.begin_step(checked(integer_inputs(self._input_names, args, kwargs)))
         try:
             shapes = tuple(
                 (value.shape, value.dtype) if isinstance(value, torch.Tensor) else None

@@ -80,6 +80,19 @@ class Sink(Protocol):
         """Take a copy of a value that was computed outside any graph."""
 
 
+INTEGER_DTYPES = frozenset(
+    {torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
+    | {torch.int8, torch.int16, torch.int32, torch.int64}
+)
+"""Of the inputs that are recorded."""
+_DTYPES = INTEGER_DTYPES | {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.complex32, torch.complex64, torch.complex128),
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+    torch.float8_e8m0fnu,
+}
+"""That streams hold; quantised tensors and packed elements of less than a byte are not among them."""
+
 _TOKENS = {False: "_fx_instrument_token", True: "_fx_instrument_op_token"}
 
 
@@ -210,6 +223,7 @@ class Marker:
                 f"{site.name} returned a {type(value).__name__} of layout {value.layout}; only plain dense tensors can "
                 f"be captured: choose other sites"
             )
+        check_dtype(value, f"the output of {site.name}")
         sink.record_eager(site, value)
         self.witness.note(frozenset((site.name,)))
 
@@ -236,6 +250,12 @@ def unwrapped(value: torch.Tensor, what: str) -> torch.Tensor:
             )
         value = functorch.get_unwrapped(value)
     return value
+
+
+def check_dtype(value: torch.Tensor, what: str) -> None:
+    """RewriteError where streams hold no values of this dtype."""
+    if value.dtype not in _DTYPES:
+        raise RewriteError(f"{what} has dtype {value.dtype}, which no stream can hold: choose other sites")
 
 
 def is_plain(value: torch.Tensor) -> bool:

@@ -27,7 +27,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..errors import RewriteError
 from ..sampling import fold_seed, num_samples, place
 from . import early
-from .marker import MARKS, step_begin, tap
+from .marker import MARKS, check_dtype, step_begin, tap
 from .nested import copy_graph, has_marks, lift_marks
 from .scope import plant_op_taps
 
@@ -205,6 +205,7 @@ def _check_plain(source: fx.Node) -> None:
             f"a site's value is a {type(value).__name__} of layout {value.layout}; only plain dense tensors can be "
             f"captured: choose other sites"
         )
+    check_dtype(value, "a site's value")
 
 
 class _Inserter(fx.proxy.GraphAppendingTracer):
