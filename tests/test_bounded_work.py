@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 import time
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from fx_instrument.export import export_stream
 from fx_instrument.record_table import record_rows
 from fx_instrument.stream.blocks import ROW_DTYPE, BlockHeader, write_directory
 from fx_instrument.stream.codec import PageEncoder, empty_frame
-from fx_instrument.stream.frames import Prolog, SiteEntry, write_sites
+from fx_instrument.stream.frames import FRAME_HEAD, SITES, TAGS, Prolog, SiteEntry, write_sites
 from fx_instrument.stream.index import IndexRow, write_index
 from fx_instrument.stream.payload import LEAD_BYTES
 from fx_instrument.stream.reader import StreamReader
@@ -135,3 +137,21 @@ def test_a_record_of_many_small_parts_is_scanned_in_time_linear_in_them(tmp_path
         with pytest.raises(CorruptStreamError, match="lack a part"):
             list(reader.scan())
         assert time.perf_counter() - start < 6
+
+
+@pytest.mark.parametrize("gap", [0, 5], ids=["to the end", "nearly"])
+def test_frames_that_claim_each_others_bytes_are_not_summed_for_ever(tmp_path: Path, gap: int) -> None:
+    """Heads with good checksums, each with a wrong body to the end of the file: for 1 MB there are 19 GB to sum."""
+    path = write_stream(tmp_path / "a.stream", [{SITE: torch.ones(1, 3)}], finish=False)
+    good = path.read_bytes()
+    num_heads = 40_000
+    heads = bytearray()
+    for number in range(num_heads):
+        length = FRAME_HEAD.size * (num_heads - number) - 8 - min(gap, num_heads - number - 1)
+        head = FRAME_HEAD.pack(SITES, length, TAGS[SITES], 1, 0)[:-4]
+        heads += head + struct.pack("<I", zlib.crc32(head))
+    path.write_bytes(good + heads)
+    with StreamReader(path, recover=True) as reader:
+        assert reader.num_records == 1 == len(list(reader.scan()))
+        assert "was not searched" in reader.damage[-1].reason
+        assert reader.damage[-1].offset + reader.damage[-1].num_bytes == len(good) + len(heads)

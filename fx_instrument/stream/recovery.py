@@ -31,6 +31,11 @@ from .read_ahead import ReadAhead
 from .records import Damage, SiteEntry
 from .segments import Block, Segment, empty_frame_at, parse_block, read_prolog
 
+# Frames with bad bodies are searched for frames inside them. Where those claim each other's bytes too, the search ends
+# after so many bytes (a second or so), or so many times the file: no damage brings that about.
+_MIN_SUMMED_BYTES = 1 << 30
+_MAX_SUMMED_TIMES = 8
+
 _TAGGED = re.compile(b"|".join(re.escape(tag) for tag in TAGS.values()))
 
 
@@ -151,7 +156,8 @@ def recover_segments(data: memoryview, read_ahead: ReadAhead, *, keep_blocks: bo
     """Everything that is readable of a file, whole or not; every checksum of it was verified.
 
     Walks from the front. A block counts if its header, directory and payload hold. A bad payload costs its block;
-    after a bad header the walk goes on at the next good one.
+    after a bad header the walk goes on at the next good one, unless that was made to take for ever: then the rest of
+    the file is told as damage.
 
     Raises:
         NotAStreamError, TruncatedStreamError, CorruptStreamError: there is no segment in the file at all.
@@ -169,6 +175,8 @@ class _Recoverer:
         self.damage: list[Damage] = []
         self.walk: _Walk | None = None
         self.good_end = 0
+        self.summed_bytes = 0
+        """Of all frames and payloads that were compared with their checksums, some several times."""
 
     def run(self) -> Recovery:
         position = 0
@@ -203,6 +211,8 @@ class _Recoverer:
         """Take in the frame at ``position`` and say where the next one begins."""
         data = self.data
         empty_bytes = empty_frame_at(data, position)
+        _, _, end, _ = read_frame_head(data, position + empty_bytes)
+        self.summed_bytes += end - position
         frame = read_frame(data, position + empty_bytes)
         if frame.kind == PROLOG:
             prolog = Prolog.read(frame.body)
@@ -234,6 +244,7 @@ class _Recoverer:
 
     def _block(self, frame: Frame) -> int:
         block = parse_block(self.data, frame)
+        self.summed_bytes += block.end - frame.end
         block.header.dtype_name  # noqa: B018  (an unknown dtype is an error of its own)
         try:
             block.payload(self.data)
@@ -257,7 +268,11 @@ class _Recoverer:
         return True
 
     def _skip(self, position: int, reason: str) -> int:
-        after = _next_frame(self.data, position + 1, len(self.data))
+        after = None
+        if self.summed_bytes > max(_MIN_SUMMED_BYTES, _MAX_SUMMED_TIMES * len(self.data)):
+            reason += "; the rest was not searched, for its frames claim each other's bytes again and again"
+        else:
+            after = _next_frame(self.data, position + 1, len(self.data))
         if after is None:
             after = len(self.data)
         self.damage.append(Damage(position, after - position, reason))
