@@ -90,6 +90,8 @@ class _Place:
     offset: int
     position: int
     count: int
+    step_rows: int
+    """Rows of the step, of all its requests and padding."""
 
 
 @dataclass(slots=True)
@@ -151,7 +153,7 @@ def _scan(stream: StreamLike, rank: int) -> list[_Found]:
             raise CorruptStreamError(
                 f"{stream.path}: {ROWS_INPUT} of step {step} is {runs.dtype} {tuple(runs.shape)}, expected int64 (n, 3)"
             )
-        offset = 0
+        offset, step_rows = 0, int(runs[:, 2].sum())
         for number, position, count in runs.tolist():
             if position < 0 or not 0 < count <= MAX_REQUEST_ROWS:
                 raise CorruptStreamError(
@@ -167,7 +169,7 @@ def _scan(stream: StreamLike, rank: int) -> list[_Found]:
                     rank, {"number": number, "id": f"#{number} of rank {rank}"}
                 )
                 found.append(request)
-            request.places.append(_Place(step, offset, position, count))
+            request.places.append(_Place(step, offset, position, count, step_rows))
             offset += count
     return found
 
@@ -216,11 +218,15 @@ class Request(Mapping[str, "RequestRows"]):
     def token_ids(self) -> dict[int, int]:
         """The token at each position with a row, ascending; empty if tokens were not recorded."""
         tokens: dict[int, int] = {}
-        # A request goes on in the next file after a rotation; pipeline stages all have the same tokens.
+        by_rank: dict[int, set[int]] = {}
+        # A request goes on in the next file after a rotation; pipeline stages all have the same tokens. Of a position
+        # that was computed again the last counts, as with its rows: drafts may be rejected.
         for rank, place in ((file.rank, place) for file in self._found for place in file.places):
             positions = range(place.position, place.position + place.count)
-            if tokens.keys() >= set(positions):
+            own = by_rank.setdefault(rank, set())
+            if own.isdisjoint(positions) and tokens.keys() >= set(positions):
                 continue
+            own.update(positions)
             ids = self._stream.inputs(place.step, rank=rank).get(TOKENS_INPUT)
             if ids is not None:
                 row = ids.flatten()[place.offset : place.offset + place.count].tolist()
@@ -260,16 +266,16 @@ class RequestRows:
         self._request = request
         rows: dict[int, tuple[_Key, int]] = {}
         self._records: dict[_Key, Any] = {}
+        self._uneven: Any = None
         # Of pipeline stages, each with a rank of its own, one has the site.
         for rank, place in ((file.rank, place) for file in found for place in file.places):
             record = stream.find(site, place.step, rank=rank)
             if record is None:
                 continue
-            if _num_rows(record) < place.offset + place.count:
-                raise CorruptStreamError(
-                    f"{stream.path}: {record!r} has fewer rows than {ROWS_INPUT} of step {place.step} needs "
-                    f"({place.offset + place.count})"
-                )
+            if _num_rows(record) != place.step_rows:
+                # As of lm_head, which computes the last tokens only: whose its rows are nothing tells.
+                self._uneven = record
+                continue
             self._records[rank, place.step] = record
             for index in range(place.count):
                 # A position that was computed again (after a preemption) counts as it was computed last.
@@ -285,8 +291,9 @@ class RequestRows:
     def missing_positions(self) -> torch.Tensor:
         """int64, ascending: positions that were asked for and have no row.
 
-        Reasons: a prefix-cache hit spared computing them (``num_cached_tokens``), they were dropped, or (for a list
-        of positions) the sequence ended before.
+        Reasons: a prefix-cache hit spared computing them (``num_cached_tokens``), they were dropped, the site has not
+        one row a token in their step (an lm_head that computes the last token only), or (for a list of positions) the
+        sequence ended before.
         """
         there = np.fromiter(self._rows, np.int64, len(self._rows))
         return torch.from_numpy(np.setdiff1d(self._request._expected(), there))
@@ -295,8 +302,13 @@ class RequestRows:
         """The values, (tokens x hidden), one row for each of ``token_positions``.
 
         Raises:
-            ValueError: the request has no row at this site.
+            ValueError: the request has no row at this site, or none that is known to be its own.
         """
+        if not self._rows and self._uneven is not None:
+            raise ValueError(
+                f"{self.site!r} has not one row a token, so which of them are of request {self._request.id!r} is not "
+                f"known: {self._uneven!r}"
+            )
         if not self._rows:
             raise ValueError(f"request {self._request.id!r} has no rows of {self.site!r}")
         wanted: dict[_Key, list[int]] = {}
