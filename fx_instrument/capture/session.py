@@ -105,6 +105,8 @@ class Session:
         self._dropped: dict[str, int] = {}
         self._dropped_inputs = 0
         self._closed = self._ended = False
+        self.has_delivered = False
+        """Some value was delivered or dropped: known at once, while the report's records lag behind its steps."""
         self.silent_sites: Sequence[str] = ()
         """Sites that delivered nothing; whoever closes the session knows."""
         self._started = time.perf_counter()
@@ -190,6 +192,7 @@ class Session:
     ) -> None:
         number = self._steps.number()
         names, calls = self._steps.count(sites)
+        self.has_delivered = True
         if ticket.early and ticket.num_bytes:
             ticket.held_bytes = ticket.num_bytes
             self._budget.hold(ticket.num_bytes)

@@ -39,10 +39,10 @@ class Lane:
         if self.session.failure is not None:
             raise self.session.failure
         check_in_place(self.path, self._inode)
-        report = self.session.report
-        if report.steps > _SILENT_STEPS and not (report.records or report.dropped_records):
+        num_steps = self.session.report.steps
+        if num_steps > _SILENT_STEPS and not self.session.has_delivered:
             raise InstrumentationError(
-                f"{report.steps} forward calls have delivered no value of any site: the model runs past the capture"
+                f"{num_steps} forward calls have delivered no value of any site: the model runs past the capture"
             )
 
 
