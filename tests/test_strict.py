@@ -19,6 +19,7 @@ from fx_instrument import (
     HookGranularity,
     InstrumentationConfig,
     InstrumentationFramework,
+    RewriteError,
     open_stream,
 )
 from fx_instrument.graph import strict
@@ -137,6 +138,35 @@ def test_a_run_of_their_own_gives_the_same_values(tmp_path: Path, granularity: H
             if granularity is HookGranularity.SAMPLED_SLICES:
                 value = value.flatten()[record.positions()]
             assert same_bits(record.tensor(), value)
+
+
+class Filling(nn.Module):
+    """Writes to one argument and reads another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, x: torch.Tensor, whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        whole[: len(x)] = x
+        return self.norm(part)
+
+
+def test_arguments_that_overlap_are_refused(tmp_path: Path) -> None:
+    """Written through one and read through the other, they could not be copied apart; beside each other they can."""
+    model, x, cache = Filling(), torch.randn(4, 16), torch.randn(16, 16)
+    framework = strictly(model, Compiler(), ["norm"])
+    with torch.no_grad():
+        with framework.capture_activations(tmp_path / "o.stream"):
+            model(x, cache[:8], cache[8:12])
+        torch._dynamo.reset()
+        with framework.capture_activations(None):
+            with pytest.raises(RewriteError, match="share memory that it writes to"):
+                model(x, cache[:8], cache[2:6])
+            model(x, cache[:8], cache[8:12])
+        framework.restore(model)
+        with open_stream(tmp_path / "o.stream") as stream:
+            assert same_bits(stream.read("norm", 0), model.norm(cache[8:12]))
 
 
 class Remembering(nn.Module):

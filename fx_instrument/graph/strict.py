@@ -19,12 +19,14 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import fx
 
+from ..errors import RewriteError
 from .nested import copy_graph
 from .rewrite import Rewritten
 
@@ -40,13 +42,18 @@ _IN_PLACE = frozenset(
 def compile_strictly(
     inner: Compiled, plain: fx.GraphModule, rewritten: Rewritten, inputs: Sequence[Any], **kwargs: Any
 ) -> Compiled:
-    """A callable like ``inner(rewritten.gm, inputs)``, whose first outputs are bit for bit those of ``plain``."""
+    """A callable like ``inner(rewritten.gm, inputs)``, whose first outputs are bit for bit those of ``plain``.
+
+    Raises:
+        RewriteError: the captures need a run of their own, and arguments that the graph writes to overlap.
+    """
     without, uncaptured = _compile(inner, plain, inputs, kwargs)
     captured, capturing = _compile(inner, rewritten.gm, inputs, kwargs)
     if without and without == captured:
         log.debug("captures leave the %d kernels of a graph as they are", sum(without.values()))
         return capturing
     log.info("captures would change the kernels of a graph: they get a run of their own (strict_numerics)")
+    _refuse_overlaps(rewritten.gm, inputs)
     with torch.no_grad():
         _, alone = _compile(inner, captures_alone(rewritten), inputs, kwargs)
     devices = sorted({value.device.index for value in inputs if _is_on_cuda(value)})
@@ -87,6 +94,27 @@ def captures_alone(rewritten: Rewritten) -> fx.GraphModule:
     graph.lint()
     copied.recompile()
     return copied
+
+
+def _refuse_overlaps(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """RewriteError where arguments overlap that are written to: copied one by one, they would come apart."""
+    written = set(_written_arguments(gm))
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    by_storage: dict[int, list[tuple[Any, Any, bool]]] = {}
+    for node, value in zip(placeholders, inputs, strict=True):
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided and value.numel():
+            steps = (stride * (size - 1) for size, stride in zip(value.shape, value.stride(), strict=True))
+            start = value.storage_offset() * value.itemsize
+            end = start + (sum(steps) + 1) * value.itemsize
+            by_storage.setdefault(value.untyped_storage()._cdata, []).append((start, end, node in written))
+    for extents in by_storage.values():
+        for (start, end, writes), (other, other_end, other_writes) in combinations(extents, 2):
+            if (writes or other_writes) and start < other_end and other < end:
+                raise RewriteError(
+                    "strict_numerics runs this graph's captures apart, on copies of what the graph writes to, but two "
+                    "of its arguments or buffers share memory that it writes to, so their copies would differ: "
+                    "capture without strict_numerics, or give the model tensors that don't overlap"
+                )
 
 
 def _written_arguments(gm: fx.GraphModule) -> list[fx.Node]:
