@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from fx_instrument import (
     NoSitesError,
     Plan,
 )
+from fx_instrument import plan as planning
 from fx_instrument.graph.marker import Marker
 
 transformers = pytest.importorskip("transformers")
@@ -177,6 +180,21 @@ def test_nothing_is_left_behind() -> None:
     assert not any(isinstance(h, Marker) for m in model.modules() for h in m._forward_hooks.values())
     assert not hasattr(ids, "_dynamo_weak_dynamic_indices")
     assert framework.sites == ()
+
+
+def test_samples_go_with_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo holds on to its backends; copies of a call's values, kept to be compressed, do not stay with them."""
+    kept = []
+
+    class Sample(planning._Sample):
+        def __init__(self, bytes_per_value: int) -> None:
+            super().__init__(bytes_per_value)
+            kept.append(weakref.ref(self))
+
+    monkeypatch.setattr(planning, "_Sample", Sample)
+    InstrumentationFramework().plan(make(PLAIN), tokens(2, 5))
+    gc.collect()
+    assert [reference() for reference in kept] == [None]
 
 
 def test_a_cache_that_was_passed_is_not_filled() -> None:

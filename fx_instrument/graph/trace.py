@@ -107,6 +107,10 @@ class TraceSink:
             self.values.append(SeenValue(site, shape, symbolic, value.dtype, value.nbytes, eager=False))
             self._keep(site, value)
 
+    def let_go(self) -> None:
+        """Drop ``keep`` and what it kept: Dynamo holds the backend, and so this, until it is reset."""
+        self._keep = lambda site, value: None
+
     def record_eager(self, site: Site, value: torch.Tensor) -> None:
         shape = tuple(value.shape)
         count = value.numel()
@@ -228,6 +232,7 @@ def trace_call(
     finally:
         attachment.close()
         attachment.detach()
+        sink.let_go()
     return Traced(
         tuple(sink.values), backend.num_graphs, breaks, sink.largest_run_bytes, dict(backend.symbols)
     )
