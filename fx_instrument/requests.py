@@ -70,11 +70,11 @@ class StreamLike(Protocol):
     """What the table of requests needs of a stream."""
 
     path: str
-    num_steps: int
     ranks: tuple[int, ...]
 
     @property
     def input_names(self) -> tuple[str, ...]: ...
+    def input_steps(self) -> list[int]: ...
     def inputs(self, step: int, *, rank: int | None = None) -> dict[str, torch.Tensor]: ...
     def find(self, site: str, step: int, call: int = 0, *, rank: int | None = None) -> Any: ...
     def near_sites(self, site: str) -> str: ...
@@ -139,7 +139,7 @@ class RequestTable:
 def _scan(stream: StreamLike, rank: int) -> list[_Found]:
     found: list[_Found] = []
     by_number: dict[int, _Found] = {}
-    for step in range(stream.num_steps):
+    for step in stream.input_steps():
         inputs = stream.inputs(step, rank=rank)
         if NEW_INPUT in inputs:
             for entry in _decode_new(stream, inputs[NEW_INPUT], step):

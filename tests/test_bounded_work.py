@@ -18,6 +18,7 @@ from fx_instrument.analysis import analyze_activations
 from fx_instrument.errors import CorruptStreamError
 from fx_instrument.export import export_stream
 from fx_instrument.record_table import record_rows
+from fx_instrument.requests import NEW_INPUT, ROWS_INPUT, encode_new, encode_rows
 from fx_instrument.stream.blocks import ROW_DTYPE, BlockHeader, write_directory
 from fx_instrument.stream.codec import PageEncoder, empty_frame
 from fx_instrument.stream.frames import FRAME_HEAD, SITES, TAGS, Prolog, SiteEntry, write_sites
@@ -60,6 +61,15 @@ def test_steps_that_a_file_only_claims_cost_nothing(tmp_path: Path, monkeypatch:
     with np.load(tmp_path / "a.npz") as found:
         assert (found["inputs/2/input_ids"] == ids.numpy()).all()
         assert len([name for name in found.files if name.startswith("inputs/")]) == 1
+
+
+def test_requests_are_looked_for_where_inputs_are(tmp_path: Path) -> None:
+    """Rows of one request in a file that claims 2**62 steps."""
+    made = [{SITE: torch.ones(1, 2, 3)}]
+    rows = {ROWS_INPUT: encode_rows([(5, 0, 2)]), NEW_INPUT: encode_new([{"number": 5, "id": "a"}])}
+    path = write_stream(tmp_path / "a.stream", made, inputs=[rows], summary={"num_steps": 1 << 62})
+    with open_stream(path) as stream:
+        assert stream.requests == ("a",)
 
 
 def test_the_width_that_a_sampled_record_claims_costs_nothing(tmp_path: Path) -> None:
