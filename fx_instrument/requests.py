@@ -90,8 +90,9 @@ class _Place:
     offset: int
     position: int
     count: int
-    step_rows: int
-    """Rows of the step, of all its requests and padding."""
+    step_rows: frozenset[int]
+    """How many rows a record of the step has whose rows are its tokens: those of the runs, or with padding behind them
+    those of the recorded ids."""
 
 
 @dataclass(slots=True)
@@ -153,7 +154,9 @@ def _scan(stream: StreamLike, rank: int) -> list[_Found]:
             raise CorruptStreamError(
                 f"{stream.path}: {ROWS_INPUT} of step {step} is {runs.dtype} {tuple(runs.shape)}, expected int64 (n, 3)"
             )
-        offset, step_rows = 0, int(runs[:, 2].sum())
+        tokens = inputs.get(TOKENS_INPUT)
+        offset, num_rows = 0, int(runs[:, 2].sum())
+        step_rows = frozenset({num_rows, num_rows if tokens is None else max(num_rows, tokens.numel())})
         for number, position, count in runs.tolist():
             if position < 0 or not 0 < count <= MAX_REQUEST_ROWS:
                 raise CorruptStreamError(
@@ -272,7 +275,7 @@ class RequestRows:
             record = stream.find(site, place.step, rank=rank)
             if record is None:
                 continue
-            if _num_rows(record) != place.step_rows:
+            if _num_rows(record) not in place.step_rows:
                 # As of lm_head, which computes the last tokens only: whose its rows are nothing tells.
                 self._uneven = record
                 continue

@@ -9,8 +9,10 @@ import pytest
 import torch
 from models import tokens
 from tiny_llm import tiny_llama
+from written import write_stream
 
 from fx_instrument import HookConfig, InstrumentationConfig, InstrumentationFramework, Recorder, open_stream
+from fx_instrument.requests import NEW_INPUT, ROWS_INPUT, TOKENS_INPUT, encode_new, encode_rows
 
 SITE = "model.layers.0.mlp"
 
@@ -71,3 +73,17 @@ def test_a_rejected_draft_is_no_token(seed: int, tmp_path: Path) -> None:
     assert computed_twice > 0 and found == last
     # The last call's drafts may be rejected, too; what lies before it is the answer.
     assert [found[place] for place in range(position)] == answer[0, :position].tolist()
+
+
+def test_a_batch_that_is_padded_behind_its_rows(tmp_path: Path) -> None:
+    """Continuous batching pads to sizes that it has graphs for: the ids have as many rows as the values."""
+    value = torch.arange(8.0).view(1, 4, 2)
+    inputs = {
+        ROWS_INPUT: encode_rows([(5, 0, 2), (6, 3, 1)]),
+        NEW_INPUT: encode_new([{"number": 5, "id": "a"}, {"number": 6, "id": "b"}]),
+        TOKENS_INPUT: torch.arange(4).view(1, 4),
+    }
+    with open_stream(write_stream(tmp_path / "a.stream", [{SITE: value}], inputs=[inputs])) as stream:
+        assert torch.equal(stream.request("a")[SITE].tensor(), value[0, :2])
+        assert torch.equal(stream.request("b")[SITE].tensor(), value[0, 2:3])
+        assert stream.request("b").token_ids() == {3: 2}
