@@ -116,8 +116,7 @@ def test_a_killed_process(tmp_path: Path) -> None:
         from fx_instrument import open_stream
         from test_harvest import instrumented
         from models import tokens
-        from fx_instrument.errors import CorruptStreamError, NotAStreamError
-from fx_instrument.harvest import Harvest
+        from fx_instrument.harvest import Harvest
         model, framework = instrumented()
 
         def is_stored():
