@@ -173,8 +173,7 @@ def test_two_ranks(tmp_path: Path) -> None:
             import torch
             from models import tokens
             from test_harvest import instrumented
-            from fx_instrument.errors import CorruptStreamError, NotAStreamError
-from fx_instrument.harvest import Harvest
+            from fx_instrument.harvest import Harvest
             rank = int(os.environ["RANK"])
             model, framework = instrumented()
             with torch.no_grad(), Harvest(framework, sys.argv[1], name=f"rank-{{rank}}") as harvest:
