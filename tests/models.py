@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -126,6 +128,20 @@ def make(shape: Shape = PLAIN, dtype: torch.dtype = torch.float32, seed: int = 0
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Decoder(shape).to(dtype).eval()
+
+
+def compiled_by_user(model: Decoder, backend: Any, route: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What to call, after the user compiled the model one way or another, or not at all ("eager")."""
+    if route == "torch.compile":
+        return torch.compile(model, backend=backend)
+    if route == "module.compile":
+        model.compile(backend=backend)
+    elif route == "regional":
+        for layer in model.layers:
+            layer.compile(backend=backend)
+    else:
+        assert route == "eager"
+    return model
 
 
 def tokens(batch: int, length: int, vocabulary: int = 37, seed: int = 0) -> torch.Tensor:

@@ -297,11 +297,12 @@ def test_progress_that_can_not_be_shown_ends_no_capture(
     monkeypatch.setattr(sys, "stderr", Gone())
     writer = HeldWriter()
     opened = session(writer, progress=True)
-    opened._last_shown = -1.0  # the line is due at once
+    assert opened._progress is not None
+    opened._progress._last_shown = -1.0  # the line is due at once
     deadline = time.monotonic() + 20
     while Gone.num_writes == 0 and time.monotonic() < deadline:
         time.sleep(0.01)
-    opened._last_shown = -1.0
+    opened._progress._last_shown = -1.0
     opened.begin_step({})
     run_graph(opened, torch.ones(25))
     opened.end_step()

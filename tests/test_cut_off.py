@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from models import PLAIN, make, tokens
+from models import PLAIN, compiled_by_user, make, tokens
 from waiting import recordings, until
 
 from fx_instrument import InstrumentationConfig, InstrumentationFramework, Recorder, open_stream
@@ -21,15 +19,7 @@ def test_a_call_that_was_cut_off_holds_no_file(route: str, tmp_path: Path) -> No
     model = make(PLAIN)
     framework = InstrumentationFramework(InstrumentationConfig(max_memory_gb=0.05))
     framework.instrument_model(model, backend=None)
-    backend = framework.backend("aot_eager")
-    call: Callable[[torch.Tensor], Any] = model
-    if route == "torch.compile":
-        call = torch.compile(model, backend=backend)
-    elif route == "module.compile":
-        model.compile(backend=backend)
-    elif route == "regional":
-        for layer in model.layers:
-            layer.compile(backend=backend)
+    call = compiled_by_user(model, framework.backend("aot_eager"), route)
     ids = tokens(1, 4)
     failed: list[Exception] = []
     gone, may_end = threading.Event(), threading.Event()

@@ -14,7 +14,7 @@ import torch
 import torch._dynamo
 import torch.utils.checkpoint
 from hooks import eager_values
-from models import PLAIN, Shape, make, tokens
+from models import PLAIN, Shape, compiled_by_user, make, tokens
 from torch import fx, nn
 from torch._dynamo.utils import counters
 
@@ -261,15 +261,7 @@ def test_the_user_compiles(route: str, tmp_path: Any) -> None:
     model = make(Shape(depth=12))
     reference = copy.deepcopy(model)
     framework = instrumented(model, backend=None)
-    backend = framework.backend("aot_eager")
-    call: Callable[[torch.Tensor], Any] = model
-    if route == "torch.compile":
-        call = torch.compile(model, backend=backend)
-    elif route == "module.compile":
-        model.compile(backend=backend)
-    else:
-        for layer in model.layers:
-            layer.compile(backend=backend)
+    call = compiled_by_user(model, framework.backend("aot_eager"), route)
     inputs = [tokens(2, 5, seed=seed) for seed in range(3)]
     with torch.no_grad():
         with framework.capture_activations(tmp_path / "o.stream") as capture:

@@ -177,3 +177,18 @@ def test_files_of_any_mix_of_tiers_read_back(tmp_path: Path, codec: str) -> None
         path = write(tmp_path / "b.stream", samples, codec=codec, seal_every=1, num_workers=1)
     with StreamReader(path) as reader:
         assert contents(reader) == {s.key: s.data for s in samples}
+
+
+def test_a_page_is_stored_while_another_thread_learns() -> None:
+    """The other one forgets the ratio right after it was found to be there."""
+    choice = Choice()
+    choice.learnt("huffman")
+
+    class Forgotten(float):
+        def __bool__(self) -> bool:
+            choice.learnt("zstd1")
+            return True
+
+    choice._ratio = Forgotten(1.5)
+    choice.stored(300, 200)
+    assert choice.method == "zstd1" and not choice.probe

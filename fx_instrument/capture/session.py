@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,10 +17,12 @@ from .cuda import CudaEngine
 from .drain import RECORD_OVERHEAD_BYTES, Drain, Writer
 from .handover import Delivery
 from .pinned import CopyEngine, Landing
+from .progress import ProgressLine
 from .report import CaptureReport
 from .steps import SiteLike, Steps
 from .transfer import Transfer, device_of
 
+_T = TypeVar("_T")
 _PACKING_FROM_BYTES = 1 << 20
 """A buffer below this packs nothing: a sixteenth of it would take no graph run."""
 _PINNED_SHARE = 7 / 8
@@ -78,7 +78,9 @@ class Session:
         self._drop = drop
         self._sampling = sampling
         self._target_gbps = target_gbps
-        self._progress = progress
+        self._progress = (
+            ProgressLine(lambda: self.report, lambda: self._budget.held_bytes) if progress else None
+        )
         self._patience = patience
         room = max(0, max_memory_bytes - writer.memory_bytes)
         # While values are packed they are there twice.
@@ -96,7 +98,7 @@ class Session:
             waited_for=lambda: self._budget.num_waiting > 0 or self._transfer.is_waited_for,
             packed_bytes=packed_bytes,
             dropped=self._count_dropped,
-            tick=self._tick if progress else None,
+            tick=self._progress.tick if self._progress is not None else None,
         )
         self._handover = self._drain.handover
         self._steps = Steps(writer.first_step)
@@ -112,7 +114,6 @@ class Session:
         self._started = time.perf_counter()
         self._stored_after: float | None = None
         self._duration: float | None = None
-        self._last_shown = time.monotonic()
         self._drain.start()
 
     # -- the model's threads ------------------------------------------------------------------------------------
@@ -205,40 +206,41 @@ class Session:
 
     def _hand_over(self, ticket: _Ticket, delivery: Delivery) -> None:
         """Start the values of ``delivery`` on their way and tell the drain thread."""
-        with self._room_of(ticket), self._transfer.in_order(ticket.device):
-            started = self._transfer.start(delivery.values, overwritten=ticket.overwritten)
-            if isinstance(started, Landing):
-                delivery.landing, delivery.values = started, []
-            else:
-                delivery.values = started
-            self._handover.put(delivery)
-
-    @contextmanager
-    def _room_of(self, ticket: _Ticket) -> Iterator[None]:
-        """Give the ticket's room back if what is done with it fails: a copy finds no memory, for one."""
         try:
-            yield
+            with self._transfer.in_order(ticket.device):
+                started = self._transfer.start(delivery.values, overwritten=ticket.overwritten)
+                if isinstance(started, Landing):
+                    delivery.landing, delivery.values = started, []
+                else:
+                    delivery.values = started
+                self._handover.put(delivery)
+        except BaseException:
+            self.cancel(ticket)
+            raise
+
+    def _copied(self, ticket: _Ticket, copy: Callable[[], _T]) -> _T:
+        """What ``copy`` returns; if it fails, as there is no memory for it, the ticket's room is given back."""
+        try:
+            return copy()
         except BaseException:
             self.cancel(ticket)
             raise
 
     def record_eager(self, site: SiteLike, value: torch.Tensor) -> None:
         full_shape = tuple(value.shape)
-        kept = value.detach()
+        value = value.detach()
+        kept = value
         if self._sampling is not None:
             rate, seed = self._sampling
             count = num_samples(value.numel(), rate)
             ticket = self._reserve_for((site,), value, count * value.element_size())
             if not ticket.dropped and value.numel():
-                with self._room_of(ticket):
-                    where = torch.from_numpy(positions(value.numel(), rate, seed)).to(value.device)
-                    kept = kept.flatten().index_select(0, where)
+                kept = self._copied(ticket, lambda: _samples(value, rate, seed))
         else:
             ticket = self._reserve_for((site,), value, value.nbytes)
             if not ticket.dropped:
                 # What runs next may change the value in place.
-                with self._room_of(ticket):
-                    kept = kept.clone(memory_format=torch.contiguous_format)
+                kept = self._copied(ticket, lambda: value.clone(memory_format=torch.contiguous_format))
         if not ticket.dropped:
             with self._lock:
                 self._eager_records += 1
@@ -278,13 +280,15 @@ class Session:
                 self._dropped_inputs += 1
             return
         # The caller may change its inputs while the copies are on their way; what a device has is gathered there.
-        with self._room_of(ticket):
-            values = [
+        values = self._copied(
+            ticket,
+            lambda: [
                 value.detach()
                 if ticket.device is not None and value.device.type == ticket.device.type
                 else value.detach().clone(memory_format=torch.contiguous_format)
                 for value in inputs.values()
-            ]
+            ],
+        )
         self._hand_over(
             ticket, Delivery(number, list(inputs), [0] * len(inputs), values, None, total, is_input=True)
         )
@@ -361,8 +365,8 @@ class Session:
             self._duration = time.perf_counter() - self._started
             self._budget.shut()
             self._transfer.close()
-            if self._progress:
-                self._show(end="\n")
+            if self._progress is not None:
+                self._progress.finish()
         if self._drain.failure is not None:
             raise CaptureFailedError(
                 f"the capture's drain thread failed: {self._drain.failure!r}"
@@ -389,21 +393,7 @@ class Session:
             "failed": None if self._drain.failure is None else repr(self._drain.failure),
         }
 
-    def _tick(self) -> None:
-        now = time.monotonic()
-        if self._progress and now - self._last_shown > 0.5:
-            self._last_shown = now
-            self._show()
 
-    def _show(self, end: str = "") -> None:
-        report = self.report
-        held = "" if report.target_held else f", {report.target_verdict}"
-        line = (
-            f"\rcaptured {report.steps} steps, {report.records} records, {report.raw_bytes / 1e6:.1f} MB "
-            f"({report.achieved_gbps:.2f} GB/s), buffer {self._budget.held_bytes / 1e6:.1f} MB, "
-            f"dropped {report.dropped_records}{held}   "
-        )
-        try:
-            print(line, end=end, file=sys.stderr, flush=True)
-        except (OSError, ValueError):
-            self._progress = False  # nobody reads it any more; the capture goes on
+def _samples(value: torch.Tensor, rate: float, seed: int) -> torch.Tensor:
+    where = torch.from_numpy(positions(value.numel(), rate, seed)).to(value.device)
+    return value.flatten().index_select(0, where)

@@ -29,8 +29,7 @@ class SegmentWriter:
         page_bytes: the most raw bytes of a block.
 
     Raises on construction: TypeError for metadata that is no JSON; OSError as ``open`` does, or if the prolog can't be
-    written, and then there is no file at the path; as ``resume_file`` does in
-    mode "a".
+    written, and then there is no file at the path; as ``resume_file`` does in mode "a".
     """
 
     def __init__(
