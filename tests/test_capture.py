@@ -22,7 +22,6 @@ from fx_instrument.capture.budget import HostBudget
 from fx_instrument.capture.drain import RECORD_OVERHEAD_BYTES
 from fx_instrument.capture.session import Session
 from fx_instrument.capture.transfer import host_bytes
-from fx_instrument.graph.gate import Gate
 from fx_instrument.graph.sites import Site
 from fx_instrument.stream.records import RecordMeta
 from fx_instrument.stream.writer import StreamWriter
@@ -420,29 +419,6 @@ def test_patience() -> None:
     capture.end_step()
     capture.close()
     assert (capture.report.records, capture.report.dropped_records, len(asked)) == (1, 2, 2)
-
-
-def test_a_switch_gives_up_in_time() -> None:
-    """A switch that may not wait leaves the gate open while a call of another thread is inside."""
-    gate, inside, leave = Gate(), threading.Event(), threading.Event()
-
-    def call() -> None:
-        gate.enter()
-        inside.set()
-        leave.wait(60)
-        gate.leave()
-
-    thread = threading.Thread(target=call)
-    thread.start()
-    assert inside.wait(60)
-    with pytest.raises(TimeoutError, match="in flight"), gate.switch(timeout_s=0.01):
-        raise AssertionError("switched under a call")
-    gate.enter()
-    gate.leave()
-    leave.set()
-    thread.join(60)
-    with gate.switch(timeout_s=0.01):
-        pass
 
 
 def test_a_dropped_run_stays_within_the_bound() -> None:
