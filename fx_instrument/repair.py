@@ -208,8 +208,8 @@ def _copy_segment(
     except BaseException:
         writer.abandon()
         raise
-    summary = dict(found.summary)
-    writer.close({**summary, "num_steps": found.num_steps, "recovered": True, "damage": damage})
+    summary = {**found.summary, "num_steps": found.num_steps, "recovered": True, "damage": damage}
+    writer.close(summary, earlier_summaries=found.earlier_summaries)
 
 
 class Pending:

@@ -123,6 +123,15 @@ def write_all(fd: int, views: list[memoryview]) -> None:
             views[position] = views[position][written:]
 
 
+def pwrite_all(fd: int, data: bytes, offset: int) -> None:
+    """Write at ``offset``, not at the file's position; OSError as the kernel says, with what came before written."""
+    while data:
+        written = os.pwrite(fd, data, offset)
+        if written <= 0:
+            raise OSError(errno.EIO, "a write stored nothing")
+        data, offset = data[written:], offset + written
+
+
 def _find_sync_file_range() -> Any:
     try:
         found = ctypes.CDLL(None, use_errno=True).sync_file_range

@@ -15,7 +15,7 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from ..errors import CorruptStreamError, TruncatedStreamError, UnsupportedStreamError
@@ -186,9 +186,22 @@ def site_to_json(site: SiteEntry) -> dict[str, Any]:
     return {"id": site.id, "name": site.name, "role": site.role}
 
 
-def write_sites(sites: Sequence[SiteEntry], segment_id: bytes) -> bytes:
-    """A sites frame; its body is the segment's id, then ``{"sites": [{"id", "name", "role"}, ...]}``."""
-    return write_frame(SITES, segment_id + dump_json({"sites": [site_to_json(site) for site in sites]}))
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """What a file that is gone on with says of the captures before, where its index was."""
+
+    num_steps: int = 0
+    summaries: list[dict[str, Any]] = field(default_factory=list)
+    """Those that no earlier frame holds."""
+
+
+def write_sites(sites: Sequence[SiteEntry], segment_id: bytes, earlier: Earlier | None = None) -> bytes:
+    """A sites frame; its body is the segment's id, then ``{"sites": [{"id", "name", "role"}, ...]}``, and where a file
+    is gone on with ``"num_steps"`` and ``"earlier_summaries": [{}, ...]``."""
+    value: dict[str, Any] = {"sites": [site_to_json(site) for site in sites]}
+    if earlier is not None:
+        value |= {"num_steps": earlier.num_steps, "earlier_summaries": earlier.summaries}
+    return write_frame(SITES, segment_id + dump_json(value))
 
 
 def sites_of(value: Mapping[str, Any], what: str) -> list[SiteEntry]:
@@ -209,9 +222,17 @@ def sites_of(value: Mapping[str, Any], what: str) -> list[SiteEntry]:
     return sites
 
 
-def read_sites(body: memoryview) -> list[SiteEntry]:
-    """The sites that a sites frame adds."""
-    return sites_of(load_json(body[SEGMENT_ID_BYTES:], "site table"), "site table")
+def read_sites(body: memoryview) -> tuple[list[SiteEntry], Earlier]:
+    """The sites that a sites frame adds, and what it says of earlier captures."""
+    value = load_json(body[SEGMENT_ID_BYTES:], "site table")
+    num_steps, summaries = value.get("num_steps", 0), value.get("earlier_summaries", [])
+    if (
+        not (isinstance(num_steps, int) and 0 <= num_steps < 1 << 64)
+        or not isinstance(summaries, list)
+        or not all(isinstance(summary, dict) for summary in summaries)
+    ):
+        raise CorruptStreamError("what the site table says of earlier captures makes no sense")
+    return sites_of(value, "site table"), Earlier(num_steps, summaries)
 
 
 def segment_id_of(frame: Frame) -> bytes | None:

@@ -75,6 +75,8 @@ class _Walk:
     """Record in several blocks -> bytes found, bytes due, whether its beginning was found."""
     summary: dict[str, Any] = field(default_factory=dict)
     earlier_summaries: list[dict[str, Any]] = field(default_factory=list)
+    told_summaries: list[dict[str, Any]] = field(default_factory=list)
+    """Earlier ones that stand in sites frames."""
     num_steps: int = 0
     first_block_ns: int = 0
     whole: bool = False
@@ -132,7 +134,7 @@ class _Walk:
             num_records=sum(count for site, count in self.starts.items() if site not in inputs),
             raw_bytes=sum(count for site, count in self.raw_bytes.items() if site not in inputs),
             summary=self.summary,
-            earlier_summaries=self.earlier_summaries,
+            earlier_summaries=self.earlier_summaries or list(self.told_summaries),
             whole=self.whole,
             has_prolog=self.prolog is not None,
             incomplete=frozenset(incomplete),
@@ -150,6 +152,8 @@ class Recovery:
     """End of the last good block, sites frame or prolog; an index does not count."""
     blocks: list[Block]
     """Of the last segment, if asked for."""
+    told_summaries: list[dict[str, Any]]
+    """Summaries of captures into the last segment that stand before ``end``."""
 
 
 def recover_segments(data: memoryview, read_ahead: ReadAhead, *, keep_blocks: bool = False) -> Recovery:
@@ -171,6 +175,7 @@ class _Recoverer:
         self.read_ahead = read_ahead
         self.keep_blocks = keep_blocks
         self.blocks: list[Block] = []
+        self.told_summaries: list[dict[str, Any]] = []
         self.segments: list[Segment] = []
         self.damage: list[Damage] = []
         self.walk: _Walk | None = None
@@ -193,11 +198,12 @@ class _Recoverer:
             # Says in the right class why this is no stream.
             read_prolog(self.data, 0)
             raise CorruptStreamError("the file holds no readable frame of a stream")
-        return Recovery(self.segments, self.damage, self.good_end, self.blocks)
+        return Recovery(self.segments, self.damage, self.good_end, self.blocks, self.told_summaries)
 
     def _finish(self, end: int) -> None:
         if self.walk is not None:
             self.segments.append(self.walk.finish(end))
+            self.told_summaries = self.walk.told_summaries
             self.walk = None
 
     def _walk_of(self, frame: Frame) -> _Walk:
@@ -224,8 +230,15 @@ class _Recoverer:
         if empty_bytes:
             raise CorruptStreamError(f"byte {frame.offset} should hold a prolog")
         if frame.kind == SITES:
+            sites, earlier = read_sites(frame.body)
+            if self.walk is None and self.segments and self.segments[-1].segment_id == segment_id_of(frame):
+                # A writer that was to go on with this file was killed before it touched the index.
+                self.segments[-1].whole = False
+                return frame.end
             walk = self._walk_of(frame)
-            walk.sites.update((site.id, site) for site in read_sites(frame.body))
+            walk.sites.update((site.id, site) for site in sites)
+            walk.told_summaries += earlier.summaries
+            walk.num_steps = max(walk.num_steps, earlier.num_steps)
         elif frame.kind == BLOCK:
             return self._block(frame)
         elif frame.kind == INDEX:

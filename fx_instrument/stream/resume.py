@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import CorruptStreamError, StreamError, TruncatedStreamError
-from .files import lock_file
-from .frames import FRAME_HEAD, write_void_head
+from .files import close_file, lock_file, pwrite_all, sync
+from .frames import FRAME_HEAD, Earlier, dump_json, write_sites, write_void_head
 from .index import IndexRow
 from .read_ahead import ReadAhead
 from .records import Damage, SiteEntry
-from .recovery import Recovery, recover_segments
+from .recovery import recover_segments
 from .segments import Block, Segment
 
 _MAX_VOID_BYTES = 1 << 31
@@ -29,8 +29,7 @@ class Resumed:
     end: int
     segment: Segment
     sites: list[SiteEntry]
-    """With ids 0, 1, 2, ...: ids that were lost are named so."""
-    sites_written: int
+    """With ids 0, 1, 2, ...: ids that were lost are named so. The file names all of them."""
     blocks: list[IndexRow]
     next_sequence: int
     earlier_summaries: list[dict[str, Any]]
@@ -41,13 +40,15 @@ class Resumed:
 def resume_file(path: os.PathLike[str] | str, codec: str) -> Resumed | None:
     """The file at ``path`` made ready to go on with; None if there is none, or nothing was captured into it.
 
-    Damaged bytes between good blocks become a frame that readers skip, so that the file is whole again.
+    Damaged bytes between good blocks become a frame that readers skip, so that the file is whole again. In the place
+    of the index, which comes anew at the end, a frame keeps what only the index said.
 
     Raises:
         ValueError: the file has another codec.
         NotAStreamError: the file is no stream; it is left as it is.
         CorruptStreamError: a prolog is lost, or an earlier segment has no index: only recover=True reads it.
         BlockingIOError: another writer has the file open.
+        OSError: the file can't be written; a full disk leaves it as it was.
     """
     try:
         fd = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
@@ -57,13 +58,13 @@ def resume_file(path: os.PathLike[str] | str, codec: str) -> Resumed | None:
         lock_file(fd, path)
         resumed = _resume(fd, codec)
     except StreamError as error:
-        os.close(fd)
+        close_file(fd)
         raise type(error)(f"{os.fspath(path)}: {error}") from None
     except BaseException:
-        os.close(fd)
+        close_file(fd)
         raise
     if resumed is None:
-        os.close(fd)
+        close_file(fd)
     return resumed
 
 
@@ -88,11 +89,57 @@ def _resume(fd: int, codec: str) -> Resumed | None:
     damage = [lost for lost in recovery.damage if segment.offset <= lost.offset < recovery.end]
     if any(lost.num_bytes < FRAME_HEAD.size for lost in damage):
         raise CorruptStreamError("damage is too small to be skipped; only recover=True reads this file")
+    sites = _sites(segment)
+    summaries = segment.earlier_summaries + ([segment.summary] if segment.summary else [])
+    untold = _without(summaries, recovery.told_summaries)
+    kept = write_sites(sites, segment.segment_id, Earlier(segment.num_steps, untold))
     for lost in damage:
         _void(fd, lost)
-    os.ftruncate(fd, recovery.end)
-    os.lseek(fd, recovery.end, os.SEEK_SET)
-    return _resumed(fd, recovery, segment, damage)
+    _cut(fd, size, recovery.end, kept)
+    end = os.lseek(fd, 0, os.SEEK_END)
+    return Resumed(
+        fd=fd,
+        end=end,
+        segment=segment,
+        sites=sites,
+        blocks=[_index_row(block, segment) for block in recovery.blocks],
+        next_sequence=max((block.header.sequence for block in recovery.blocks), default=-1) + 1,
+        earlier_summaries=summaries,
+        damage=[Damage(lost.offset - segment.offset, lost.num_bytes, lost.reason) for lost in damage],
+    )
+
+
+def _cut(fd: int, size: int, end: int, kept: bytes) -> None:
+    """End the file of ``size`` bytes with the frame ``kept`` at ``end``.
+
+    Killed at any moment, the file says what ``kept`` says: by the index that is behind ``end``, by the frame in its
+    place, or by a copy behind both. A full disk leaves it as it was.
+    """
+    try:
+        # Where there is no index, there is none to lose.
+        between = bytes(max(0, end + len(kept) - size)) if size > end else b""
+        pwrite_all(fd, between + kept, size)
+    except OSError:
+        os.ftruncate(fd, size)
+        raise
+    if size > end:
+        sync(fd)
+        pwrite_all(fd, kept, end)
+        sync(fd)
+        os.ftruncate(fd, end + len(kept))
+
+
+def _without(summaries: list[dict[str, Any]], told: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that were not told, the same one twice counting twice."""
+    left = [dump_json(summary) for summary in told]
+    untold = []
+    for summary in summaries:
+        text = dump_json(summary)
+        if text in left:
+            left.remove(text)
+        else:
+            untold.append(summary)
+    return untold
 
 
 def _void(fd: int, lost: Damage) -> None:
@@ -105,24 +152,12 @@ def _void(fd: int, lost: Damage) -> None:
         start += num_bytes
 
 
-def _resumed(fd: int, recovery: Recovery, segment: Segment, damage: list[Damage]) -> Resumed:
+def _sites(segment: Segment) -> list[SiteEntry]:
     known = {site.id: site for site in segment.sites}
     count = max(known, default=-1) + 1
     if count > len(known) + (1 << 16):
         raise CorruptStreamError(f"the site ids of the file reach {count}")
-    sites = [known.get(number) or SiteEntry(number, f"unknown-{number}", "other") for number in range(count)]
-    return Resumed(
-        fd=fd,
-        end=recovery.end,
-        segment=segment,
-        sites=sites,
-        # The index may have been the only one to name some of them.
-        sites_written=0,
-        blocks=[_index_row(block, segment) for block in recovery.blocks],
-        next_sequence=max((block.header.sequence for block in recovery.blocks), default=-1) + 1,
-        earlier_summaries=segment.earlier_summaries + ([segment.summary] if segment.summary else []),
-        damage=[Damage(lost.offset - segment.offset, lost.num_bytes, lost.reason) for lost in damage],
-    )
+    return [known.get(number) or SiteEntry(number, f"unknown-{number}", "other") for number in range(count)]
 
 
 def _index_row(block: Block, segment: Segment) -> IndexRow:

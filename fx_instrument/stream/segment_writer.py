@@ -79,7 +79,7 @@ class SegmentWriter:
         self._max_step = segment.num_steps - 1
         self.num_records, self.raw_bytes = segment.num_records, segment.raw_bytes
         self.known_sites, self.known_inputs = resumed.sites, frozenset(segment.inputs)
-        self._sites_written = resumed.sites_written
+        self._sites_written = len(resumed.sites)
         self._blocks = list(resumed.blocks)
         self.next_sequence = resumed.next_sequence
 
@@ -131,8 +131,13 @@ class SegmentWriter:
         self.num_records += num_records
         return num_bytes
 
-    def write_end(self, summary: Mapping[str, Any], sites: Sequence[SiteEntry]) -> None:
-        """Append the index, and bring the file to the disk."""
+    def write_end(
+        self,
+        summary: Mapping[str, Any],
+        sites: Sequence[SiteEntry],
+        earlier_summaries: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Append the index, and bring the file to the disk; ``earlier_summaries`` as of ``StreamWriter.close``."""
         resumed = self._resumed
         index = write_index(
             self.stored_bytes - self._offset,
@@ -143,7 +148,7 @@ class SegmentWriter:
             num_records=self.num_records,
             raw_bytes=self.raw_bytes,
             summary=summary,
-            earlier_summaries=resumed.earlier_summaries if resumed else (),
+            earlier_summaries=[*(resumed.earlier_summaries if resumed else ()), *earlier_summaries],
             damage=resumed.damage if resumed else (),
             incomplete=resumed.segment.incomplete if resumed else (),
         )

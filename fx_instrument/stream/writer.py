@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -164,8 +164,12 @@ class StreamWriter:
         self.tiers.arrived(page.raw_bytes)
         self._queue.put(page)
 
-    def close(self, summary: Mapping[str, Any]) -> None:
+    def close(
+        self, summary: Mapping[str, Any], *, earlier_summaries: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
         """Write what is left, then the index with ``summary``, and close the file; later calls do nothing.
+
+        ``earlier_summaries`` are of captures whose records were put here; a file that is gone on with has its own.
 
         Raises:
             CaptureFailedError: a thread, or this call, could not write; ``__cause__`` says why. The file holds
@@ -178,7 +182,7 @@ class StreamWriter:
         try:
             if self.failure is None:
                 try:
-                    self._segment.write_end(summary, self._sites)
+                    self._segment.write_end(summary, self._sites, earlier_summaries)
                 except Exception as error:
                     self.failure = error
         finally:
