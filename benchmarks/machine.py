@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fx_instrument.stream.codec import backend_versions
 
@@ -20,6 +21,14 @@ def processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor()
+
+
+def short_name(device: str) -> str:
+    """``cpu``, or a CUDA device's name as part of a file's: NVIDIA H100 80GB HBM3 is h100-80gb-hbm3."""
+    if not device.startswith("cuda"):
+        return "cpu"
+    words = torch.cuda.get_device_name(device).lower().split()
+    return "-".join(word for word in words if word != "nvidia")
 
 
 def resident(field: str) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.machine import short_name
 from benchmarks.overhead import cli, costs, measure, models, report, timeline, variants
 from benchmarks.overhead.table import Options, table
 from benchmarks.overhead.workloads import Bench, Workload
@@ -100,6 +101,64 @@ def test_every_decode_makes_its_tokens(kind: str) -> None:
     assert torch.equal(first, again)
     assert first.shape[:2] == ((2, 8) if kind == "generate" else (2, 3))
     assert workload.rows == (2 * 7 if kind == "generate" else 2 * 3)
+
+
+def test_a_static_cache_stays_where_it_is() -> None:
+    """CUDA graphs are recorded for the addresses of a static cache: a run must not have another one each time."""
+    model = models.toy(torch.float32, "cpu", depth=1, width=32)
+    seen = []
+
+    def watched(token: torch.Tensor, past_key_values: Any, **kwargs: Any) -> Any:
+        seen.append([layer.keys.data_ptr() for layer in past_key_values.layers])
+        return model(token, past_key_values=past_key_values, **kwargs)
+
+    with torch.no_grad():
+        bench = Bench(Workload("decode-static", 2, 5, 3), model)
+        for _ in range(2):
+            bench.ready()(watched)
+    assert len(seen) == 6 and all(addresses == seen[0] for addresses in seen)
+
+
+@pytest.mark.parametrize("kind", ["decode-static", "decode-dynamic"])
+def test_outputs_that_the_next_call_overwrites(kind: str) -> None:
+    """As CUDA graphs do: each step's logits are there all the same."""
+    model = models.toy(torch.float32, "cpu", depth=1, width=32)
+    memory = torch.empty(2, 1, model.config.vocab_size)
+
+    def replayed(*args: Any, **kwargs: Any) -> Any:
+        output = model(*args, **kwargs)
+        output.logits = memory.copy_(output.logits)
+        return output
+
+    with torch.no_grad():
+        bench = Bench(Workload(kind, 2, 5, 3), model)
+        assert torch.equal(bench.ready()(replayed), bench.ready()(model))
+
+
+def test_a_device_has_columns_of_its_own(tmp_path: Path, options: Options) -> None:
+    model = models.toy(torch.float32, "cpu", depth=1, width=32)
+    with torch.no_grad():
+        found = table(
+            [variants.compiled(variants.Setup(model))], Workload("prefill", 1, 4, 1), model, options
+        )
+    row = found["variants"]["compiled"]
+    result = {"machine": {"device": "cpu"}, "sections": {"real": {"model": "toy", "workloads": {"w": found}}}}
+    ((_, header, (cells,)),) = report.tables(result)
+    assert len(header) == len(cells) == 1 + len(report.COLUMNS)
+    row.update(peak_device_mb=12.0, cudagraph_skips=3)
+    result["machine"]["device"] = "NVIDIA H100 80GB HBM3"
+    ((_, header, (cells,)),) = report.tables(result)
+    assert dict(zip(header, cells, strict=True))["peak device MB"] == "12"
+    assert dict(zip(header, cells, strict=True))["CUDA graphs skipped"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("name", "short"), [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100-80gb-hbm3")]
+)
+def test_results_are_named_by_the_device(monkeypatch: pytest.MonkeyPatch, name: str, short: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert short_name("cuda:0") == short
+    assert short_name("cpu") == "cpu"
 
 
 def test_the_timeline_sees_every_lane(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from benchmarks.gpu import measure
 from benchmarks.gpu.cli import main
+from benchmarks.gpu.model import llama
 from benchmarks.gpu.planes import split_on_device
 from fx_instrument.stream.filters import SIGNED16, Planes
 
@@ -30,6 +31,15 @@ def test_planes_of_a_device_are_the_formats() -> None:
     expected = Planes(1 << 20).split(SIGNED16, [page], np.empty(len(page), np.uint8))
     for mine, plane in zip(split_on_device(values).numpy(), expected, strict=True):
         assert np.array_equal(mine, plane)
+
+
+def test_a_timeline_of_decoding_keeps_the_cache() -> None:
+    """Fewer steps on the same cache, which CUDA graphs were recorded for."""
+    run = measure.Decode(llama(1, 64, "cpu"), 2, 6, 8)
+    run.waits = True
+    few = run.shortened(2)
+    assert (few.steps, few.tokens, few.waits) == (2, 4, False) and few._cache is run._cache
+    assert (run.steps, run.tokens, run.waits) == (6, 12, True)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from typing import Any
 import click
 import torch
 
-from ..machine import versions
+from ..machine import short_name, versions
 from . import measure, planes
 from .model import AGAIN, BASE, FILE, HOST, NULL, captured, captured_layers, llama, plain, plain_layers
 
@@ -54,8 +54,7 @@ def main(
         raise click.BadParameter("this torch finds no CUDA device", param_hint="--device")
     name = torch.cuda.get_device_name() if cuda else "cpu"
     if output is None:
-        short = name.split()[1 if cuda else 0].lower()
-        output = RESULTS / f"{datetime.date.today().isoformat()}-gpu-{short}.json"
+        output = RESULTS / f"{datetime.date.today().isoformat()}-gpu-{short_name(device)}.json"
     result = json.loads(output.read_text()) if output.exists() else {"runs": []}
     started = time.perf_counter()
 
@@ -98,11 +97,9 @@ def main(
                 keep()
             if cuda:
                 picture = output.with_name(f"{output.stem}-decode-{batch}.png")
-                entry["timeline"] = measure.timeline(
-                    variants[2], measure.Decode(model, batch, 4, cache), picture
-                )
+                entry["timeline"] = measure.timeline(variants[2], run.shortened(4), picture)
                 entry["timeline_base"] = measure.timeline(
-                    variants[0], measure.Decode(model, batch, 4, cache), picture.with_suffix(".base.png")
+                    variants[0], run.shortened(4), picture.with_suffix(".base.png")
                 )
                 say(f"timeline: {summary(entry['timeline'])}; base: {summary(entry['timeline_base'])}")
             del variants, run

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from fx_instrument.errors import InstrumentationError
 
+from ..machine import short_name
 from . import plots, report, sections
 from .table import Options
 from .workloads import KINDS
@@ -81,8 +82,7 @@ def main(
     torch.set_num_threads(threads)
     today = datetime.date.today().isoformat()
     if output is None:
-        kind = torch.cuda.get_device_name().split()[-1].lower() if device.startswith("cuda") else "cpu"
-        output = RESULTS / f"{today}-overhead-{kind}{'-quick' if quick else ''}.json"
+        output = RESULTS / f"{today}-overhead-{short_name(device)}{'-quick' if quick else ''}.json"
     options = Options(
         dtype=getattr(torch, dtype),
         device=device,

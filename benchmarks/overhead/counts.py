@@ -21,6 +21,8 @@ class CompileCounts:
     """Frames compiled again since a guard failed, in the first run; graphs compiled in any later run."""
     kernels: int = 0
     """Kernels that Inductor generated for these graphs."""
+    cudagraph_skips: int = 0
+    """Graphs that were to run as CUDA graphs and could not."""
 
 
 @dataclass
@@ -50,4 +52,5 @@ def _now() -> CompileCounts:
         breaks=sum(counters["graph_break"].values()),
         recompiles=sum(bool(metrics.recompile_reason) for metrics in get_compilation_metrics()),
         kernels=torch._inductor.metrics.generated_kernel_count,
+        cudagraph_skips=counters["inductor"]["cudagraph_skips"],
     )

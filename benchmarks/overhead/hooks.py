@@ -92,7 +92,8 @@ class TracedBuffers:
 
     The strongest that hooks can do under compile: no graph break, one copy a value, no thread between model and
     writer. Sets of buffers are taken from a pool and come back when the writer has stored them, so nothing is
-    copied twice and nothing is overwritten too early.
+    copied twice and nothing is overwritten too early. On a device each set has pinned memory, which it is copied to
+    beside the next call.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], codec: str, call: Callable[..., Any]) -> None:
@@ -105,6 +106,7 @@ class TracedBuffers:
         self._dtype, self._device = parameter.dtype, parameter.device
         self._width = model.config.hidden_size  # type: ignore[union-attr]
         self._pool = _Pool()
+        self._on_its_way: Callable[[], None] | None = None
         self._step = 0
         self._writer: StreamWriter | None = None
         call_through(model, self._around(call))
@@ -120,14 +122,27 @@ class TracedBuffers:
             for tap, buffer in zip(self._taps, buffers.tensors, strict=True):
                 tap.buffer = buffer
             result = call(*args, **kwargs)
-            dtype = str(self._dtype).removeprefix("torch.")
-            release = buffers.countdown()
-            for site_id, data in enumerate(buffers.host_bytes()):
-                writer.put(RecordMeta(site_id, self._step, 0, dtype, shape), data, release)
-            self._step += 1
+            buffers.start_copies()
+            self._store_earlier()
+            step, self._step = self._step, self._step + 1
+
+            def store() -> None:
+                dtype, release = str(self._dtype).removeprefix("torch."), buffers.countdown()
+                for site_id, data in enumerate(buffers.host_bytes()):
+                    writer.put(RecordMeta(site_id, step, 0, dtype, shape), data, release)
+
+            self._on_its_way = store
+            if self._device.type == "cpu":
+                self._store_earlier()
             return result
 
         return around
+
+    def _store_earlier(self) -> None:
+        """Give the writer what was on its way to the host."""
+        store, self._on_its_way = self._on_its_way, None
+        if store is not None:
+            store()
 
     @contextlib.contextmanager
     def block(self, path: Path | None) -> Iterator[StreamWriter]:
@@ -141,6 +156,7 @@ class TracedBuffers:
         try:
             yield writer
         finally:
+            self._store_earlier()
             self._writer = None
             for tap in self._taps:
                 tap.active = False
@@ -168,12 +184,29 @@ class _Buffers:
         self._pool = pool
         self.shape = shape
         self.tensors = [torch.zeros(shape[1:], dtype=dtype, device=device) for _ in range(shape[0])]
+        self._host = self.tensors
+        self._copied: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            for tensor in self.tensors:
+                # Else CUDA graphs would refuse a graph that writes to them.
+                torch._dynamo.mark_static_address(tensor, guard=False)
+            self._host = [torch.empty(shape[1:], dtype=dtype, pin_memory=True) for _ in self.tensors]
+            self._copied = torch.cuda.Event()
         self._left = 0
         self._lock = threading.Lock()
 
+    def start_copies(self) -> None:
+        """Behind the model's call, without waiting for it."""
+        if self._copied is not None:
+            for tensor, host in zip(self.tensors, self._host, strict=True):
+                host.copy_(tensor, non_blocking=True)
+            self._copied.record()
+
     def host_bytes(self) -> list[Any]:
-        """Each buffer's bytes, 1-D uint8; a view on a CPU, a copy from an accelerator."""
-        return [np.asarray(tensor.cpu().view(-1).view(torch.uint8).numpy()) for tensor in self.tensors]
+        """Each buffer's bytes, 1-D uint8, once they are on the host; views."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return [np.asarray(tensor.view(-1).view(torch.uint8).numpy()) for tensor in self._host]
 
     def countdown(self) -> Callable[[], None]:
         self._left = len(self.tensors)

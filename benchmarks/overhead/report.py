@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -25,6 +25,8 @@ COLUMNS = (
     "rows",
     "same bits",
 )
+DEVICE_COLUMNS = ("peak device MB", "CUDA graphs skipped")
+"""More where the model ran on a device."""
 
 GOALS = {
     "FX, null sink": 1.02,
@@ -38,14 +40,14 @@ GOAL_INSTRUCTIONS = 1.002
 """The most instructions, of "FX, not capturing" by those of the base."""
 
 
-def cells(row: dict[str, Any]) -> list[str]:
+def cells(row: dict[str, Any], columns: Sequence[str] = COLUMNS) -> list[str]:
     if "time_ratio" not in row:
-        return [row.get("error", "not run")] + [""] * (len(COLUMNS) - 1)
+        return [row.get("error", "not run")] + [""] * (len(columns) - 1)
     low, high = row["time_ratio_interval"]
     same = "-"
     if row["equal"] is not None:
         same = "yes" if row["equal"] else f"no ({row['largest_difference']:.1e})"
-    return [
+    found = [
         f"{row['time_ratio']:.3f}",
         f"{low:.3f}-{high:.3f}",
         f"{row['cpu_time_ratio']:.3f}",
@@ -55,17 +57,22 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row['rows']}/{row['expected']}" if row["expected"] else "-",
         same,
     ]
+    if len(columns) > len(found):
+        on_device = row["peak_device_mb"]
+        found += ["-" if on_device is None else f"{on_device:.0f}", str(row["cudagraph_skips"])]
+    return found
 
 
 def tables(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """(title, header, rows) of every workload of every section."""
+    columns = COLUMNS if result["machine"]["device"] == "cpu" else (*COLUMNS, *DEVICE_COLUMNS)
     for section, found in result["sections"].items():
         for group in ("workloads", "by_depth"):
             for name, part in found.get(group, {}).items():
-                rows = [[variant, *cells(row)] for variant, row in part["variants"].items()]
+                rows = [[variant, *cells(row, columns)] for variant, row in part["variants"].items()]
                 steps = part["workload"]["steps"]
                 title = f"{section}: {name}, {found['model']}, {part['rounds']} rounds of {steps} steps"
-                yield title, ["variant", *COLUMNS], rows
+                yield title, ["variant", *columns], rows
         if section == "instructions":
             if "error" in found:
                 yield f"instructions: {found['error']}", [], []
@@ -192,7 +199,7 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def machine(device: str) -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
     return {
         "device": name,
         "processor": processor(),

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from . import measure, peers
+from .counts import CompileCounts
 from .variants import BASE, Variant
 from .workloads import Bench, Workload
 
 log = logging.getLogger(__name__)
 
 
-COUNTS = ("graphs", "breaks", "recompiles", "kernels")
+COUNTS = tuple(f.name for f in fields(CompileCounts))
 CHECKED = (*COUNTS, *(f.name for f in fields(measure.Checked) if f.name != "counts"), "note")
 
 

@@ -65,6 +65,7 @@ class Bench:
         self._prompts = torch.randint(0, model.config.vocab_size, shape, generator=generator).to(device)
         self.ids = self._prompts[0]
         self._cache: Any = None
+        self._static: Any = None
         self._next = self.ids[:, -1:]
         if workload.kind.startswith("decode"):
             self._cache, self._next = self._prefill(model)
@@ -93,8 +94,19 @@ class Bench:
             return lambda model: self._run_prefill(model, steps)
         if workload.kind == "generate":
             return self._run_generate
-        cache = copy.deepcopy(self._cache)
+        cache = self._static_cache() if workload.kind == "decode-static" else copy.deepcopy(self._cache)
         return lambda model: self._run_decode(model, cache, steps)
+
+    def _static_cache(self) -> Any:
+        """One cache for all runs, as the prefill left it: CUDA graphs hold its address, and would be recorded anew."""
+        if self._static is None:
+            self._static = copy.deepcopy(self._cache)
+        with torch.inference_mode(False), torch.no_grad():
+            for mine, kept in zip(self._static.layers, self._cache.layers, strict=True):
+                mine.keys.copy_(kept.keys)
+                mine.values.copy_(kept.values)
+                mine.cumulative_length.copy_(kept.cumulative_length)
+        return self._static
 
     def _run_prefill(self, model: Any, steps: int) -> torch.Tensor:
         for step in range(steps):
@@ -109,7 +121,8 @@ class Bench:
             position = torch.full((self.workload.batch, 1), first + step, device=token.device)
             logits = model(token, past_key_values=cache, position_ids=position, use_cache=True).logits
             token = logits[:, -1:].argmax(-1)
-            kept.append(logits)
+            # The next replay of a CUDA graph writes over this one's outputs.
+            kept.append(logits.clone())
         return torch.cat(kept, 1)
 
     def _run_generate(self, model: Any) -> torch.Tensor:
