@@ -130,7 +130,7 @@ def make(shape: Shape = PLAIN, dtype: torch.dtype = torch.float32, seed: int = 0
         return Decoder(shape).to(dtype).eval()
 
 
-def compiled_by_user(model: Decoder, backend: Any, route: str) -> Callable[[torch.Tensor], torch.Tensor]:
+def compiled_by_user(model: nn.Module, backend: Any, route: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """What to call, after the user compiled the model one way or another, or not at all ("eager")."""
     if route == "torch.compile":
         return torch.compile(model, backend=backend)

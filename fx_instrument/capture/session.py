@@ -19,7 +19,7 @@ from .handover import Delivery
 from .pinned import CopyEngine, Landing
 from .progress import ProgressLine
 from .report import CaptureReport
-from .steps import SiteLike, Steps
+from .steps import Join, SiteLike, Steps
 from .transfer import Transfer, device_of
 
 _T = TypeVar("_T")
@@ -118,10 +118,11 @@ class Session:
 
     # -- the model's threads ------------------------------------------------------------------------------------
 
-    def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> None:
-        number = self._steps.begin()
+    def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> Join:
+        number, join = self._steps.begin()
         if inputs and not self._closed:
             self._record_inputs(number, inputs)
+        return join
 
     def end_step(self) -> None:
         self._steps.finish()
@@ -191,8 +192,7 @@ class Session:
         values: Sequence[torch.Tensor],
         full_shapes: Sequence[tuple[int, ...]] | None,
     ) -> None:
-        number = self._steps.number()
-        names, calls = self._steps.count(sites)
+        number, names, calls = self._steps.count(sites)
         self.has_delivered = True
         if ticket.early and ticket.num_bytes:
             ticket.held_bytes = ticket.num_bytes

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
+
+Join = Callable[[], contextlib.AbstractContextManager[None]]
+"""Of a step: what a thread delivers inside belongs to it."""
 
 _MAX_RUNS = 256
 
@@ -17,15 +22,21 @@ class SiteLike(Protocol):
     def role(self) -> str: ...
 
 
-class _Step(threading.local):
-    """The forward call that this thread is in, or the number reserved for its next one."""
+class _Step:
+    """A forward call that a thread is in, or the number reserved for its next one."""
 
-    number: int | None = None
-    running: bool = False
-    calls: dict[str, int]
+    __slots__ = ("calls", "number", "running")
 
-    def __init__(self) -> None:
-        self.calls = {}
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.running = False
+        self.calls: dict[str, int] = {}
+
+
+class _Mine(threading.local):
+    """What one thread delivers to."""
+
+    step: _Step | None = None
 
 
 class _Run(NamedTuple):
@@ -53,41 +64,46 @@ class Steps:
         """One more than the last number."""
         self._numbers = itertools.count(first)
         self._lock = threading.Lock()
-        self._step = _Step()
+        self._mine = _Mine()
         self._runs: dict[int, _Run] = {}
 
-    def begin(self) -> int:
-        """The number of the forward call that this thread begins; one that was reserved is taken."""
-        step = self._step
-        if step.running or step.number is None:
-            self._reserve()
+    def begin(self) -> tuple[int, Join]:
+        """The number of the forward call that this thread begins, and how other threads deliver to it.
+
+        A number that was reserved is taken.
+        """
+        step = self._mine.step
+        if step is None or step.running:
+            step = self._reserve()
         step.running = True
         with self._lock:
             self.begun += 1
-        assert step.number is not None
-        return step.number
+        return step.number, functools.partial(self._joined, step)
 
     def finish(self) -> None:
-        step = self._step
-        step.running = False
-        step.number = None
-        step.calls = {}
+        self._mine.step = None
 
-    def number(self) -> int:
-        """Of the forward call that this thread is in; outside of one, that of its next one."""
-        step = self._step
-        if step.number is None:
-            self._reserve()
-        assert step.number is not None
-        return step.number
+    def count(self, sites: Sequence[SiteLike]) -> tuple[int, tuple[str, ...], Sequence[int]]:
+        """Where values belong that this thread delivers, one of each site: ``(step, names, calls)``.
 
-    def count(self, sites: Sequence[SiteLike]) -> tuple[tuple[str, ...], Sequence[int]]:
-        """Names of the sites that deliver a value each, and which of its site's in this step it is, from 0."""
-        run, step = self._run_of(sites), self._step
-        if step.calls:
-            return run.names, _count(run.names, step.calls)
-        step.calls = dict(run.counts)
-        return run.names, run.calls
+        The step is the forward call that the thread is in; outside of one, its next one. Calls say which of its site's
+        in the step each value is, from 0.
+        """
+        run, step = self._run_of(sites), self._mine.step or self._reserve()
+        with self._lock:
+            if step.calls:
+                return step.number, run.names, _count(run.names, step.calls)
+            step.calls = dict(run.counts)
+        return step.number, run.names, run.calls
+
+    @contextlib.contextmanager
+    def _joined(self, step: _Step) -> Iterator[None]:
+        mine = self._mine
+        before, mine.step = mine.step, step
+        try:
+            yield
+        finally:
+            mine.step = before
 
     def _run_of(self, sites: Sequence[SiteLike]) -> _Run:
         """Remembered for graphs, which run again and again with one and the same tuple."""
@@ -100,11 +116,12 @@ class Steps:
                 self._runs[id(sites)] = run
         return run
 
-    def _reserve(self) -> None:
-        self._step.calls = {}
+    def _reserve(self) -> _Step:
         with self._lock:
-            self._step.number = next(self._numbers)
-            self.end = self._step.number + 1
+            number = next(self._numbers)
+            self.end = number + 1
+        step = self._mine.step = _Step(number)
+        return step
 
 
 def _count(names: Sequence[str], counts: dict[str, int]) -> list[int]:

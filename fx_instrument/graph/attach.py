@@ -15,12 +15,14 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import AlreadyInstrumentedError, InstrumentationError
 from .backend import SiteFinder
+from .calls import Calls
 from .counting import BeginStep, CountedCall, EndStep, positional_names
 from .gate import Gate
 from .guards import GuardFilter, GuardFilterFn
-from .marker import Marker, Sink, give_token, take_token
+from .marker import Marker, give_token, take_token
 from .ops import ATTENTION_OPS, op_of
 from .scope import ScopeMarker
+from .sink import Sink
 from .sites import Site, find_siblings
 from .witness import Witness
 
@@ -125,6 +127,7 @@ class Attachment:
         """Run the capturing variant from now on, and deliver to ``sink``; TimeoutError as ``Gate.switch``."""
         with self.gate.switch(timeout_s=timeout_s):
             self.marker.witness = Witness()
+            self.marker.calls = Calls()
             self.marker.capturing = True
             self.marker.sink = sink
 

@@ -16,9 +16,10 @@ from torch._subclasses.fake_tensor import is_fake
 from ..errors import RewriteError
 from .counting import checked
 from .early import Taker
-from .marker import Marker, Sink, check_dtype, is_recomputing
+from .marker import Marker, check_dtype, is_recomputing
 from .rewrite import Rewritten, Sampling, insert_captures
 from .shapes import SizeReader
+from .sink import Sink
 from .sites import Site
 from .strict import compile_strictly
 
@@ -207,7 +208,7 @@ class CapturedGraph:
 
     def __call__(self, *args: Any) -> Any:
         marker = self._marker
-        sink = marker.sink
+        sink, calls = marker.sink, marker.calls
         if sink is None or is_recomputing() or TracingContext.try_get() is not None:
             # The capture was closed while this call was on its way in another thread; or activation checkpointing
             # runs, in the backward pass, what was captured in the forward pass; or DistributedDataParallel's pieces
@@ -215,7 +216,10 @@ class CapturedGraph:
             return self._compiled(*self._arguments(args))[: self._num_outputs]
         if self._begins:
             named = zip(self._input_names, self._inputs, strict=True)
-            sink.begin_step(checked({name: args[index] for name, index in named}))
+            calls.begin(sink, checked({name: args[index] for name, index in named}))
+        sink = calls.sink_here(sink)
+        if sink is None:
+            return self._compiled(*self._arguments(args))[: self._num_outputs]
         chosen = self._chosen(args)
         sites = chosen.sites
         full_shapes: Sequence[tuple[int, ...]] | None = None
@@ -272,7 +276,7 @@ class CapturedGraph:
                 sink.cancel(ticket)
             if self._begins:
                 # The forward call began in this graph, and no hook of its model sees it cut off.
-                sink.end_step()
+                self._marker.calls.end(sink)
             raise
         return outputs, values
 
@@ -293,7 +297,7 @@ class CapturedGraph:
         witness = self._marker.witness
         witness.note(chosen.names)
         if self._ends:
-            sink.end_step()
+            self._marker.calls.end(sink)
             witness.completed = True
         return outputs[: self._num_outputs]
 

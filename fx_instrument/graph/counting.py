@@ -110,7 +110,8 @@ class CountedCall:
                 IncompleteCaptureWarning,
                 stacklevel=3,
             )
-        sink.begin_step(checked(integer_inputs(self._input_names, args, kwargs)))
+        calls = marker.calls
+        calls.begin(sink, checked(integer_inputs(self._input_names, args, kwargs)))
         try:
             result = call(*args, **kwargs)
             marker.witness.completed = True
@@ -122,7 +123,7 @@ class CountedCall:
                 raise inner from None
             raise
         finally:
-            sink.end_step()
+            calls.end(sink)
 
 
 def makes_cache(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -150,8 +151,9 @@ class BeginStep:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, args: Any, kwargs: Any) -> None:
-        if self._marker.sink is not None and not is_recomputing():
-            self._marker.sink.begin_step(checked(integer_inputs(self._input_names, args, kwargs)))
+        sink = self._marker.sink
+        if sink is not None and not is_recomputing():
+            self._marker.calls.begin(sink, checked(integer_inputs(self._input_names, args, kwargs)))
 
 
 class EndStep:
@@ -171,8 +173,9 @@ class EndStep:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, completed: bool) -> None:
-        if self._marker.sink is not None and not is_recomputing():
-            self._marker.sink.end_step()
+        sink = self._marker.sink
+        if sink is not None and not is_recomputing():
+            self._marker.calls.end(sink)
             self._marker.witness.completed |= completed
 
 

@@ -15,7 +15,7 @@ from ..errors import InstrumentationError
 from .counting import checked, integer_inputs
 from .exported import MARK, ExportedOutputs, read_spec
 from .gate import Gate
-from .marker import Sink
+from .sink import Sink
 from .sites import Site
 from .witness import Witness
 

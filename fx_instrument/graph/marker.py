@@ -13,9 +13,9 @@ rest of a frame behind a graph break, runs for others too. The pass takes tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,59 +25,12 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.node import has_side_effect
 
 from ..errors import RewriteError
+from .calls import Calls
+from .sink import Sink
 from .sites import Site
 from .witness import Witness
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
-
-
-class Sink(Protocol):
-    """Where captured values go: an open capture. All methods may be called from several threads."""
-
-    def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> None:
-        """A forward call of the model starts on this thread."""
-
-    def end_step(self) -> None:
-        """The forward call that began last on this thread is over."""
-
-    def reserve(
-        self,
-        sites: Sequence[Site],
-        num_bytes: int,
-        *,
-        device: torch.device | None = None,
-        device_bytes: int = 0,
-        replays: bool = False,
-        early: bool = False,
-    ) -> Any:
-        """Make room before a graph runs: waits, refuses, or answers that the values are to be dropped.
-
-        Args:
-            sites: whose values come.
-            num_bytes: of values on the host.
-            device: where the others are; None if there are none.
-            device_bytes: of those; 0 where the data decides.
-            replays: they may lie where the graph's next run writes.
-            early: they may be delivered while the graph still runs and holds them; ``returned`` follows in any case.
-        """
-
-    def deliver(
-        self,
-        ticket: Any,
-        sites: Sequence[Site],
-        values: Sequence[torch.Tensor],
-        full_shapes: Sequence[tuple[int, ...]] | None,
-    ) -> None:
-        """Take over the values of a graph that ran."""
-
-    def cancel(self, ticket: Any) -> None:
-        """Give back the room of a graph that failed."""
-
-    def returned(self, ticket: Any) -> None:
-        """The graph of a ticket that was reserved as early is over, and lets go of its values."""
-
-    def record_eager(self, site: Site, value: torch.Tensor) -> None:
-        """Take a copy of a value that was computed outside any graph."""
 
 
 INTEGER_DTYPES = frozenset(
@@ -198,6 +151,7 @@ class Marker:
         self.capturing = False
         self.sink: Sink | None = None
         self.witness = Witness()
+        self.calls = Calls()
         self.sites = dict(sites)  # id(module) -> site
 
     @hook
@@ -216,6 +170,9 @@ class Marker:
         """Hand over the value of a module that runs outside any graph."""
         value, site, sink = first_tensor(output), self.sites.get(id(module)), self.sink
         if value is None or site is None or sink is None or is_recomputing():
+            return
+        sink = self.calls.sink_here(sink)
+        if sink is None:
             return
         value = unwrapped(value, f"the output of {site.name}")
         if not is_plain(value):

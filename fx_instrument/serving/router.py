@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..graph.sink import Join
 from ..graph.sites import Site
 from .lane import Lane
 from .rotation import RotatingFiles
@@ -69,7 +71,7 @@ class Router:
 
     # -- the sink -----------------------------------------------------------------------------------------------
 
-    def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> None:
+    def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> Join:
         mine = self._mine
         if mine.lane is not None:
             # The call before was cut off by an exception inside one compiled function.
@@ -80,14 +82,15 @@ class Router:
         mine.request = request
         mine.runs, mine.handled = [], sys.exc_info()[1]
         mine.patience_s = self._max_stall_s
-        if request is None and self._requests_only:
-            return
-        lane = mine.lane = self._files.enter()
-        if lane is not None:
-            with self._shielded(lane):
-                self._begin(lane, inputs, request)
+        in_session: Join = contextlib.nullcontext
+        if request is not None or not self._requests_only:
+            lane = mine.lane = self._files.enter()
+            if lane is not None:
+                with self._shielded(lane):
+                    in_session = self._begin(lane, inputs, request)
+        return functools.partial(self._joined, mine.lane, request, in_session)
 
-    def _begin(self, lane: Lane, inputs: Mapping[str, torch.Tensor], request: Request | None) -> None:
+    def _begin(self, lane: Lane, inputs: Mapping[str, torch.Tensor], request: Request | None) -> Join:
         session, sourced = lane.session, self._sourced
         runs: list[TaggedRun] = []
         if request is not None:
@@ -96,17 +99,31 @@ class Router:
             runs = sourced.runs()
         self._mine.runs = runs
         if not runs:
-            session.begin_step(inputs)
-            return
+            return session.begin_step(inputs)
         with self._lock:
             named = set(lane.introduced)
             noted = tagged(inputs, runs, lane.introduced)
         lost = session.dropped_inputs
-        session.begin_step(noted)
+        in_session = session.begin_step(noted)
         if session.dropped_inputs != lost:
             # The names may have found no room: say them again with the next step.
             with self._lock:
                 lane.introduced &= named
+        return in_session
+
+    @contextlib.contextmanager
+    def _joined(self, lane: Lane | None, request: Request | None, in_session: Join) -> Iterator[None]:
+        """This thread works for another one's forward call, unless it serves a request of its own."""
+        mine = self._mine
+        if current_request() not in (None, request):
+            yield
+            return
+        mine.in_step, mine.lane, mine.request, mine.patience_s = True, lane, request, self._max_stall_s
+        try:
+            with in_session():
+                yield
+        finally:
+            mine.in_step, mine.lane, mine.request = False, None, None
 
     def end_step(self) -> None:
         mine = self._mine
