@@ -99,8 +99,14 @@ class EngineCapture(InstrumentationFramework):
         stem, suffix = (path.stem, path.suffix) if self._limits is None else (path.name, "")
         self.path = path.with_name(f"{stem}.rank{rank}{suffix}")
 
-    def attach(self, model: torch.nn.Module, rank: int, world: int) -> None:
+    def attach(
+        self, model: torch.nn.Module, rank: int, world: int, *, first_number: int | None = None
+    ) -> None:
         """Plant the markers, and open the file, which is the ``rank``-th of ``world``'s.
+
+        Args:
+            first_number: of the requests', drawn once for workers that are told of the same requests and store
+                different sites of them; None draws one.
 
         Raises:
             NoSitesError: the model has none of the sites.
@@ -110,7 +116,7 @@ class EngineCapture(InstrumentationFramework):
         attachment.marker.capturing = True
         attachment.marker.sink = self.sink
         roles = {site.name: site.role for site in attachment.sites}
-        self._planner = RowPlanner(roles, EVERYTHING if self._all_requests else None)
+        self._planner = RowPlanner(roles, EVERYTHING if self._all_requests else None, first_number)
         opened = functools.partial(self._open_session, rank=rank, world=world)
         if self._limits is None:
             self.files = OneFile(self.path, opened(self.path, mode=self._mode))

@@ -10,8 +10,9 @@ hidden), up to three integer inputs (role ``input`` in the file):
                    number, id, engine_id, prompt_tokens, cached_tokens, sites (null: all), positions
     input_ids      int32 (rows,): the token of each row
 
-A request's number is not negative, and no other request of the file has it. ``input`` records
-are read whole, by step; they are small.
+A request's number is not negative, and no other request of the file has it; in the files of one run, and in those of
+workers that hold different sites of one request, it is the same. An entry that comes again says what is known by then.
+``input`` records are read whole, by step; they are small.
 """
 
 from __future__ import annotations
@@ -110,17 +111,17 @@ class RequestTable:
     def __init__(self, stream: StreamLike) -> None:
         self._stream = stream
         self._requests: dict[str, list[_Found]] = {}
-        by_engine_id: dict[str, str] = {}
+        names: dict[tuple[int, str], str] = {}
         for rank in stream.ranks if ROWS_INPUT in stream.input_names else ():
             for found in _scan(stream, rank):
-                engine_id = str(found.entry.get("engine_id", found.entry["id"]))
-                name = by_engine_id.get(engine_id)
+                number, engine_id = found.entry["number"], _engine_id(found.entry)
+                # By both: files that number their requests from 0 each may stand beside each other.
+                name = names.get((number, engine_id))
                 if name is None:
-                    name = str(found.entry["id"])
-                    if name in self._requests:
-                        # A client used an id twice: the engine's own, which is unique, names the later request.
-                        name = engine_id
-                    by_engine_id[engine_id] = name
+                    # Clients use an id twice, and so do engines once its first request has finished.
+                    candidates = (str(found.entry["id"]), engine_id, f"{engine_id}-{number & 0xFFFFFFFF:08x}")
+                    free = (one for one in candidates if one not in self._requests)
+                    name = names[number, engine_id] = next(free, f"{engine_id}-{number:x}-{len(names)}")
                 self._requests.setdefault(name, []).append(found)
 
     @property
@@ -135,6 +136,10 @@ class RequestTable:
             hint = f"near it are {', '.join(map(repr, near))}" if near else f"it holds {len(self._requests)}"
             raise MissingRecordError(f"the stream has no rows of a request {request_id!r}; {hint}")
         return Request(self._stream, request_id, found)
+
+
+def _engine_id(entry: Mapping[str, Any]) -> str:
+    return str(entry.get("engine_id", entry["id"]))
 
 
 def _scan(stream: StreamLike, rank: int) -> list[_Found]:
@@ -194,24 +199,32 @@ class Request(Mapping[str, "RequestRows"]):
 
     Attributes:
         id: as the client knows it.
-        engine_id: as the engine knows it; unique.
-        num_prompt_tokens: None where it is not known: the file lost it, or an engine cut the prompt unseen.
+        engine_id: as the engine knows it; it may have used it again for a later request, once this one was finished.
+        num_prompt_tokens: None where it is not known: the file lost it, or the prompt was run in pieces and nothing
+            told its length. Of calls inside ``Recorder.request`` it is the length of the first one, unless that or
+            the next one shows that more of the prompt followed.
         num_cached_tokens: positions from 0 on that a prefix-cache hit spared, so that they have no rows.
         positions: which positions the request asked for: "all", "prompt", "last", "generated", or a list.
     """
 
     def __init__(self, stream: StreamLike, request_id: str, found: Sequence[_Found]) -> None:
-        entry = found[0].entry
+        # The last says what was known last.
+        entry = found[-1].entry
         self.id = request_id
-        self.engine_id = str(entry.get("engine_id", request_id))
+        self.engine_id = _engine_id(entry)
         self.num_prompt_tokens: int | None = entry.get("prompt_tokens")
         self.num_cached_tokens = int(entry.get("cached_tokens", 0))
         positions = entry.get("positions", "all")
         self.positions: Positions = positions if isinstance(positions, str) else tuple(positions)
         self._stream = stream
         self._found = list(found)
-        chosen = entry.get("sites")
-        self._sites = {site.name: None for site in stream.sites if chosen is None or site.name in chosen}
+        # Each worker knows its own sites only.
+        chosen = [file.entry.get("sites") for file in found]
+        self._sites = {
+            site.name: None
+            for site in stream.sites
+            if any(names is None or site.name in names for names in chosen)
+        }
 
     @property
     def num_tokens(self) -> int:

@@ -161,6 +161,11 @@ def _positions(value: Any) -> Positions:
     return tuple(sorted(set(items)))
 
 
+def draw_number() -> int:
+    """For the first request of an engine; not 0, since engines that go on in one folder must not share a number."""
+    return secrets.randbits(62)
+
+
 @dataclass(slots=True)
 class _State:
     """A request that the engine works on."""
@@ -202,15 +207,19 @@ class RowPlanner:
     Args:
         sites: name -> role of the sites.
         default: what a request gets that says nothing.
+        first_number: requests are numbered from here on, whether they are captured or not, so that all workers of an
+            engine that are told of the same ones number them alike; None draws it.
     """
 
-    def __init__(self, sites: Mapping[str, str], default: Choice | None) -> None:
+    def __init__(
+        self, sites: Mapping[str, str], default: Choice | None, first_number: int | None = None
+    ) -> None:
         self._sites = dict(sites)
         self._default = default
-        self._states: dict[str, _State] = {}
+        self._states: dict[str, _State | None] = {}
+        """By engine id; None for those that are not captured."""
         self._choices: dict[str, Choice | None] = {}
-        # Drawn, not counted from 0: engines that go on in one folder, read as one, must not share a number.
-        self._numbers = secrets.randbits(62)
+        self._next_number = draw_number() if first_number is None else first_number
 
     def begin(
         self, engine_id: str, request_id: str, num_prompt_tokens: int, num_cached_tokens: int, wish: Any
@@ -222,11 +231,14 @@ class RowPlanner:
         """
         if engine_id in self._states:
             return
+        number = self._next_number
+        self._next_number += 1
+        self._states[engine_id] = None
         choice = self._default if wish is None else self._parse(wish)
         if choice is None or (choice.sites is not None and not choice.sites):
             return
         entry = {
-            "number": self._numbers,
+            "number": number,
             "id": request_id,
             "engine_id": engine_id,
             "prompt_tokens": num_prompt_tokens,
@@ -234,8 +246,7 @@ class RowPlanner:
             "sites": None if choice.sites is None else sorted(choice.sites),
             "positions": choice.positions if isinstance(choice.positions, str) else list(choice.positions),
         }
-        self._states[engine_id] = _State(self._numbers, entry, choice, num_prompt_tokens, 0)
-        self._numbers += 1
+        self._states[engine_id] = _State(number, entry, choice, num_prompt_tokens, 0)
 
     def finish(self, engine_ids: Iterable[str]) -> None:
         for engine_id in engine_ids:
@@ -271,7 +282,7 @@ class RowPlanner:
         """The step that introduced these requests was not recorded: introduce them with their next one."""
         numbers = {entry["number"] for entry in group.new_requests}
         for state in self._states.values():
-            if state.number in numbers:
+            if state is not None and state.number in numbers:
                 state.announced_in = None
 
     def _add(

@@ -118,6 +118,37 @@ def test_an_id_that_a_client_uses_twice(tmp_path: Path) -> None:
         assert len(stream.request("y-00")["layers.0.mlp"]) == 3
 
 
+def test_an_id_that_the_engine_uses_again(tmp_path: Path) -> None:
+    """Once a request has finished its engine may give its id to the next: a request of its own, in all workers' files.
+
+    The second worker has other sites, which the request that is refused there asks for: it numbers it all the same.
+    """
+    prompts = [[1, 2, 3, 4, 5], [7, 8, 9], [4, 4]]
+    engines = []
+    for rank in range(2):
+        engine = Engine(tmp_path / "out.stream", place=(rank, 2), first_number=1 << 40)
+        for prompt in prompts:
+            engine.add("refused", [1], {"layers": [0] if rank == 0 else [7]})
+            engine.add("a", prompt)
+            # The second worker lost the step that had all of the first request.
+            if rank == 0 or prompt is not prompts[0]:
+                engine.step([("refused", 0, 1), ("a", 0, len(prompt))])
+            # An engine that comes back to a request tells of it again.
+            engine.add("refused", [1], {"layers": [0] if rank == 0 else [7]})
+            engine.capture.finish_requests(["a-00", "refused-00"])
+        engine.capture.close()
+        engines.append(engine)
+    with open_stream([engine.capture.path for engine in engines]) as stream:
+        names = [name for name in stream.requests if name.startswith("a")]
+        assert names[:2] == ["a", "a-00"] and names[2].startswith("a-00-") and len(names) == 3
+        for name, prompt in zip(names, prompts, strict=True):
+            request = stream.request(name)
+            assert list(request.token_ids().values()) == prompt
+            assert request.num_prompt_tokens == len(prompt) and request.engine_id == "a-00"
+            engine.prompts["a"] = prompt
+            torch.testing.assert_close(request["layers.1.mlp"].tensor(), engine.expected("a")["layers.1.mlp"])
+
+
 def test_calls_larger_than_the_buffer_go_in_pieces(tmp_path: Path) -> None:
     """A call whose values are larger than the buffer is stored whole: its sites go one after the other."""
     engine = Engine(tmp_path / "out.stream", config=InstrumentationConfig(max_memory_gb=0.01))

@@ -276,6 +276,7 @@ def test_workers_have_a_folder_each(tmp_path: Path) -> None:
         engine = Engine(
             tmp_path / "r",
             place=(rank, 2),
+            first_number=40,
             drop=True,
             limits=FileLimits(rotate_bytes=1 << 40, min_free_bytes=0),
         )

@@ -87,3 +87,22 @@ def test_a_batch_that_is_padded_behind_its_rows(tmp_path: Path) -> None:
         assert torch.equal(stream.request("a")[SITE].tensor(), value[0, :2])
         assert torch.equal(stream.request("b")[SITE].tensor(), value[0, 2:3])
         assert stream.request("b").token_ids() == {3: 2}
+
+
+def test_sites_of_several_workers(tmp_path: Path) -> None:
+    """A request's sites are those of all workers that hold some, each of which names its own."""
+    paths = []
+    for rank, site in enumerate(("layers.0.mlp", "layers.1.mlp")):
+        entry = {"number": 5, "id": "a", "engine_id": "a-00", "prompt_tokens": 2, "sites": [site]}
+        inputs = {ROWS_INPUT: encode_rows([(5, 0, 2)]), NEW_INPUT: encode_new([entry])}
+        value = torch.full((2, 3), float(rank))
+        paths.append(
+            write_stream(tmp_path / f"{rank}.stream", [{site: value}], inputs=[inputs], rank=rank, world=2)
+        )
+    with open_stream(paths) as stream:
+        assert stream.requests == ("a",)
+        request = stream.request("a")
+        assert {site: int(rows.tensor()[0, 0]) for site, rows in request.items()} == {
+            "layers.0.mlp": 0,
+            "layers.1.mlp": 1,
+        }

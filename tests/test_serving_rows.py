@@ -192,3 +192,70 @@ def test_an_id_that_comes_again(tmp_path: Path) -> None:
         assert by_id["uncached"] == [answers[2][0, :-1].tolist()]
         # The last run has all tokens so far and one more: its engine computed them again.
         assert [len(ids) for ids in by_id["s"]] == [6, 5]
+
+
+@pytest.mark.parametrize(("length", "chunk"), [(9, 4), (5, 4), (8, 4)])
+def test_a_prompt_that_generate_runs_in_pieces(length: int, chunk: int, tmp_path: Path) -> None:
+    """The length of a piece is never given as that of the prompt, even where the second piece is a single token."""
+    model, framework = llm()
+    with Recorder(framework, tmp_path / "r", min_free_bytes=0) as recorder:
+        for name, size in (("pieces", chunk), ("whole", None)):
+            with recorder.request(name):
+                model.generate(prompt(1, length), max_new_tokens=3, do_sample=False, prefill_chunk_size=size)
+    with open_stream(tmp_path / "r") as stream:
+        assert stream.request("pieces").num_prompt_tokens is None
+        assert stream.request("whole").num_prompt_tokens == length
+        for request in map(stream.request, stream.requests):
+            assert request[SITE].token_positions.tolist() == list(range(length + 2))
+
+
+def test_a_prompt_that_the_caller_runs_in_pieces(tmp_path: Path) -> None:
+    """A second piece takes back what was said of the first one, in the same file and in the next; later calls don't."""
+    model, framework = llm()
+    with Recorder(framework, tmp_path / "r", min_free_bytes=0) as recorder:
+        for name, lengths, rotates_before in (
+            ("pieces", (4, 3, 1), 9),
+            ("over files", (4, 3, 1), 1),
+            ("chat", (4, 1, 3), 1),
+        ):
+            with recorder.request(name):
+                for turn, length in enumerate(lengths):
+                    if turn == rotates_before:
+                        recorder.rotate()
+                    model(tokens(1, length))
+        with recorder.request("not seen"):
+            model(tokens(1, 4))
+            recorder.stop()
+            model(tokens(1, 3))
+            recorder.start()
+            model(tokens(1, 1), position_ids=torch.tensor([[7]]))
+    with open_stream(tmp_path / "r") as stream:
+        known = {name: stream.request(name).num_prompt_tokens for name in stream.requests}
+        assert known == {"pieces": None, "over files": None, "chat": 4, "not seen": None}
+
+
+def test_a_row_source_that_tells_requests_apart(tmp_path: Path) -> None:
+    """What an engine computes again in pieces is the same request's, and a hit in its cache is not the one before."""
+    model, framework = instrumented(make(PLAIN))
+    calls = [
+        ("s", 0, 4, 6, 0),
+        ("s", 4, 2, 6, 0),
+        ("s", 6, 1, 6, 0),
+        ("s", 0, 3, 6, 0),  # given up and computed again
+        ("s", 3, 5, 6, 0),
+        ("s", 2, 2, 4, 1),  # another one, whose first two tokens were cached
+        ("s", 4, 1, 4, 1),
+    ]
+    with Recorder(framework, tmp_path / "r", min_free_bytes=0) as recorder:
+        runs = iter(calls)
+        recorder.set_row_source(lambda: [next(runs)])
+        for _, _, count, _, _ in calls:
+            model(tokens(1, count, seed=count))
+    with open_stream(tmp_path / "r") as stream:
+        first, second = map(stream.request, stream.requests)
+        assert (first.num_prompt_tokens, second.num_prompt_tokens) == (6, 4)
+        rows = first["layers.0.mlp"]
+        assert rows.token_positions.tolist() == list(range(8))
+        again = torch.cat([stream.read("layers.0.mlp", step)[0] for step in (3, 4)])
+        assert torch.equal(rows.tensor(), again)
+        assert second["layers.0.mlp"].token_positions.tolist() == [2, 3, 4]

@@ -35,11 +35,18 @@ class Client:
     def get(self, path: str) -> None:
         urllib.request.urlopen(self._url + path, timeout=60).read()
 
-    def ask(self, request_id: str, stream: bool = False) -> str:
+    def ask(
+        self,
+        request_id: str,
+        stream: bool = False,
+        *,
+        prompt: str | None = None,
+        max_tokens: int = NEW_TOKENS,
+    ) -> str:
         body = {
             "model": self._model,
-            "messages": [{"role": "user", "content": PROMPTS[request_id]}],
-            "max_tokens": NEW_TOKENS,
+            "messages": [{"role": "user", "content": prompt or PROMPTS[request_id]}],
+            "max_tokens": max_tokens,
             "temperature": 0.0,
             "stream": stream,
         }
@@ -57,7 +64,17 @@ class Client:
         )
 
 
-@pytest.fixture(params=[False, True], ids=["one by one", "continuous batching"])
+ROOMY = {
+    "continuous_batching": True,
+    "cb_num_blocks": 16,
+    "cb_block_size": 32,
+    "cb_max_batch_tokens": 64,
+}
+# Three requests of 40 tokens are more than the 96 that the cache has room for, and a step computes eight.
+TIGHT = {**ROOMY, "cb_num_blocks": 3, "cb_max_batch_tokens": 8}
+
+
+@pytest.fixture(params=[{}, ROOMY], ids=["one by one", "continuous batching"])
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Any, Client]]:
     pytest.importorskip("fastapi")
     pytest.importorskip("openai")
@@ -65,19 +82,13 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Any
 
     save_tiny_llm(tmp_path / "model")
     port = free_port()
-    batching = {
-        "continuous_batching": True,
-        "cb_num_blocks": 16,
-        "cb_block_size": 32,
-        "cb_max_batch_tokens": 64,
-    }
     serve = Serve(
         force_model=str(tmp_path / "model"),
         device="cpu",
         host="127.0.0.1",
         port=port,
         non_blocking=True,
-        **(batching if request.param else {}),
+        **request.param,
     )
     try:
         client = Client(port, str(tmp_path / "model"))
@@ -125,11 +136,61 @@ def test_rows_of_concurrent_requests(server: tuple[Any, Client], tmp_path: Path)
             # The last token that was generated is never fed in again.
             words = len(prompt.split())
             count = words + NEW_TOKENS - 1
+            assert request.num_prompt_tokens == words
             ids = list(request.token_ids().values())
             assert len(ids) == count and ids[:words] == tokenizer(prompt)["input_ids"]
             assert plain[name].startswith(tokenizer.decode(ids[words:], skip_special_tokens=True))
             rows = request["model.layers.1.self_attn"]
             assert torch.equal(rows.token_positions, torch.arange(count)) and not len(rows.missing_positions)
+            with torch.no_grad():
+                model(torch.tensor([ids]))
+            torch.testing.assert_close(rows.tensor(), seen.pop(), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("server", [TIGHT], indirect=True)
+def test_a_request_that_is_computed_again(
+    server: tuple[Any, Client], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the cache is full the engine gives up requests and computes them again, in pieces: each stays one."""
+    from transformers.generation.continuous_batching.requests import RequestState
+
+    from fx_instrument.integrations.transformers_serve import served_model, tag_requests
+
+    given_up: list[str] = []
+    again = RequestState.create_equivalent_initial_request
+
+    def counted(state: Any) -> Any:
+        given_up.append(state.request_id)
+        return again(state)
+
+    monkeypatch.setattr(RequestState, "create_equivalent_initial_request", counted)
+    serve, client = server
+    prompts = {f"r{n}": " ".join(f"w{(9 * n + i) % 100}" for i in range(20)) for n in range(3)}
+    client.ask("loads", prompt="w1")
+    model = served_model(serve)
+    framework = InstrumentationFramework(InstrumentationConfig(max_memory_gb=0.1))
+    framework.instrument_model(model, backend="eager", dynamic=True)
+
+    def ask(name: str) -> str:
+        return client.ask(name, prompt=prompts[name], max_tokens=20)
+
+    with Recorder(framework, tmp_path / "r", min_free_bytes=0) as recorder:
+        tag_requests(serve, recorder)
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            list(pool.map(ask, prompts))
+        ask("r0")
+    framework.restore(model)
+    assert given_up and recorder.report.failures == 0
+    seen: list[torch.Tensor] = []
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    with open_stream(tmp_path / "r") as stream:
+        # Which request came first is the engine's matter; an id that comes again is a request of its own.
+        assert sorted(name[:2] for name in stream.requests) == ["r0", "r0", "r1", "r2"]
+        for name in prompts:
+            request = stream.request(name)
+            rows = request["model.layers.1.mlp"]
+            ids = list(request.token_ids().values())
+            assert request.num_prompt_tokens == 20 and rows.token_positions.tolist() == list(range(39))
             with torch.no_grad():
                 model(torch.tensor([ids]))
             torch.testing.assert_close(rows.tensor(), seen.pop(), atol=1e-6, rtol=1e-4)

@@ -16,11 +16,17 @@ The server has no public way to its model and its generation managers: this file
 from __future__ import annotations
 
 import contextvars
+import itertools
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import InstrumentationError
 from ..serving import Recorder
+
+# So many ids are told apart where they come again.
+_KNOWN = 10_000
 
 
 def served_model(serve: Any) -> Any:
@@ -59,7 +65,8 @@ def tag_requests(serve: Any, recorder: Recorder) -> None:
         return manager
 
     state.get_manager = get_tagging_manager
-    recorder.set_row_source(lambda: _rows_of_batch(state))
+    sequences = _Sequences()
+    recorder.set_row_source(lambda: _rows_of_batch(state, sequences))
 
 
 def _give_context(manager: Any, recorder: Recorder) -> None:
@@ -86,8 +93,34 @@ def _give_context(manager: Any, recorder: Recorder) -> None:
     )
 
 
-def _rows_of_batch(state: Any) -> Sequence[tuple[str, int, int]] | None:
-    """(request id, first position, rows) of the batch that continuous batching is about to run."""
+class _Sequences:
+    """Numbers the requests of continuous batching: an id may come again, and one request may have several states."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, tuple[weakref.ref[Any], int]] = OrderedDict()
+        self._numbers = itertools.count()
+
+    def number_of(self, state: Any) -> int:
+        """The number of the request that an engine's state belongs to.
+
+        For a request that gave its cache away and is computed again the engine makes a new state, whose tokens begin
+        with the true prompt.
+        """
+        name = state.request_id
+        known = self._known.get(name)
+        if known is not None and (known[0]() is state or state._true_initial_tokens):
+            number = known[1]
+        else:
+            number = next(self._numbers)
+        self._known[name] = (weakref.ref(state), number)
+        self._known.move_to_end(name)
+        if len(self._known) > _KNOWN:
+            self._known.popitem(last=False)
+        return number
+
+
+def _rows_of_batch(state: Any, sequences: _Sequences) -> Sequence[tuple[str, int, int, int, int]] | None:
+    """What the batch computes that continuous batching is about to run, as ``Recorder.set_row_source`` takes it."""
     engine = getattr(state._cb_manager, "_cb", None)
     batch = getattr(getattr(engine, "batch_processor", None), "inputs_and_outputs", None)
     scheduled = getattr(batch, "requests_in_batch", None)
@@ -95,10 +128,11 @@ def _rows_of_batch(state: Any) -> Sequence[tuple[str, int, int]] | None:
         return None
     rows = []
     for one in scheduled:
+        request, count = one.state, one.query_length
+        num_prompt_tokens = request._true_initial_tokens or len(request.initial_tokens)
         # The engine has counted the rows in already when it runs them.
-        rows.append(
-            (str(one.state.request_id), one.state.position_offset - one.query_length, one.query_length)
-        )
+        first = request.position_offset - count
+        rows.append((str(request.request_id), first, count, num_prompt_tokens, sequences.number_of(request)))
     return rows
 
 

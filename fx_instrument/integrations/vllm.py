@@ -24,6 +24,7 @@ import torch
 from ..config import HookConfig, HookGranularity, InstrumentationConfig
 from ..engine_capture import EngineCapture, Scheduled
 from ..errors import InstrumentationError, NoSitesError
+from ..row_plan import draw_number
 from ..serving.rotation import FileLimits
 from .vllm_arguments import BACKEND, KEY, WORKER, Route, engine_arguments, server_arguments
 
@@ -158,7 +159,7 @@ class WorkerCapture:
         if world > 1:
             self.capture.take_rank(rank)
         try:
-            self.capture.attach(self.model_runner.get_model(), rank, world)
+            self.capture.attach(self.model_runner.get_model(), rank, world, first_number=_shared_number())
         except NoSitesError:
             if self.vllm_config.parallel_config.pipeline_parallel_size == 1:
                 raise
@@ -339,6 +340,13 @@ def _place(vllm_config: Any) -> tuple[int, int] | None:
     stages = parallel.pipeline_parallel_size
     replica = parallel.data_parallel_rank
     return replica * stages + state.get_pp_group().rank_in_group, stages * parallel.data_parallel_size
+
+
+def _shared_number() -> int:
+    """Drawn by the first pipeline stage for all of them, which are told of the same requests."""
+    state = importlib.import_module("vllm.distributed.parallel_state")
+    number: int = state.get_pp_group().broadcast_object(draw_number(), src=0)
+    return number
 
 
 def _client_id(engine_id: str) -> str:

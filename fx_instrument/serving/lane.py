@@ -31,7 +31,7 @@ class Lane:
         self.began_s = time.monotonic()
         self.in_flight = 0
         self.failed = False
-        self.introduced: set[int] = set()  # numbers of the requests that the file has named
+        self.introduced: set[tuple[int, int | None]] = set()  # what the file was told of requests
         self._inode = path.stat().st_ino
 
     def check(self) -> None:

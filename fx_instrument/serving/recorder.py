@@ -201,8 +201,11 @@ class Recorder:
         Args:
             source: called on the engine's thread before each recorded forward call outside ``request``; returns
                 (request id, token position of the first row, number of rows) for each run of rows, in their order
-                and covering them, with "" for padding; None if it can't tell. An id that begins again at position 0
-                is another request, unless the run has all of its tokens so far and one more: computed again.
+                and covering them, with "" for padding; None if it can't tell. Each may go on with the number of the
+                prompt's tokens (None: not known) and with what tells requests of one id apart: equal (and hashable)
+                in all runs of a request, different in those of another. Without the latter an id that begins again
+                at position 0 is another request, unless the run has all of its tokens so far and one more; so an
+                engine that gives up what it computed and computes it again in pieces should say it.
         """
         self._router.set_row_source(source)
 

@@ -11,8 +11,8 @@ import contextvars
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,22 +21,30 @@ import torch
 from ..mask_columns import step_columns
 from ..requests import NEW_INPUT, NO_REQUEST, ROWS_INPUT, TOKENS_INPUT, encode_new, encode_rows
 
-NamedRun = tuple[str, int, int]
-"""Request id, token position of the first row, number of rows; the id "" stands for padding."""
-RowSource = Callable[[], Sequence[NamedRun] | None]
+
+class NamedRun(NamedTuple):
+    """Rows of one request in a forward call, as a row source tells of them: a plain tuple of three or more will do."""
+
+    request_id: str
+    """As the client knows it; "" stands for padding."""
+    position: int
+    """Of the first row's token in its sequence."""
+    num_rows: int
+    num_prompt_tokens: int | None = None
+    """None: not known."""
+    sequence: Hashable = None
+    """Equal in all runs of a request, and different in those of another one with the same id; None: not known."""
+
+
+RowSource = Callable[[], Sequence[NamedRun | tuple[Any, ...]] | None]
 _KNOWN = 10_000
 """So many ids of a row source keep their number from one forward call to the next."""
 
 
 class Tag:
-    """One request id: the number that stands for it in files, and where its sequence is.
+    """One request id: the number that stands for it in files, and where its sequence is."""
 
-    Args:
-        request_id: as the client knows it.
-        whole_prompt: whether its first forward call runs its prompt whole, as engines that cut prompts don't.
-    """
-
-    def __init__(self, request_id: str, *, whole_prompt: bool = True) -> None:
+    def __init__(self, request_id: str) -> None:
         self.id = request_id
         # Drawn, not counted: files of several processes, read as one, must not share a number.
         self.number = secrets.randbits(62)
@@ -44,8 +52,8 @@ class Tag:
         """Of the next call's first token, while every call of the sequence was seen; None: only its inputs can tell."""
         self.num_tokens = 0
         """Behind the last token that ran."""
-        self._whole_prompt = whole_prompt
-        self._prompt_tokens: int | None = None
+        self.prompt_tokens: int | None = None
+        """As far as is known by now."""
 
     def begins_again(self, position: int, num_tokens: int) -> bool:
         """Whether a call of these tokens begins another sequence, which happens to have the same id.
@@ -55,17 +63,38 @@ class Tag:
         """
         return position == 0 and self.num_tokens not in (0, num_tokens - 1)
 
-    def entry(self, position: int, num_tokens: int) -> dict[str, Any]:
-        """What a file says of the request, of which it has ``num_tokens`` from ``position`` on as the first."""
-        if position == 0 and self._whole_prompt:
-            self._prompt_tokens = num_tokens
+    def sees(self, position: int, num_tokens: int, *, is_piece: bool) -> None:
+        """A call of these tokens begins: what that says of the prompt's length.
+
+        The first call has the prompt, whole unless the call says that it is a piece, or more than one token follows
+        right behind.
+        """
+        if position == self.num_tokens == 0:
+            self.prompt_tokens = None if is_piece else num_tokens
+        elif position == self.num_tokens == self.prompt_tokens and (num_tokens > 1 or is_piece):
+            self.prompt_tokens = None
+
+    def lose_position(self) -> None:
+        """Nobody saw what a forward call computed."""
+        self.next_position = None
+        if self.num_tokens == self.prompt_tokens:
+            # It may have been more of the prompt.
+            self.prompt_tokens = None
+
+    @property
+    def told(self) -> tuple[int, int | None]:
+        """What a file needs to be told again once it has changed."""
+        return self.number, self.prompt_tokens
+
+    def entry(self) -> dict[str, Any]:
+        """What a file says of the request."""
         # A client may use an id twice; this one is the request's own.
         engine_id = f"{self.id}-{self.number & 0xFFFFFFFF:08x}"
         return {
             "number": self.number,
             "id": self.id,
             "engine_id": engine_id,
-            "prompt_tokens": self._prompt_tokens,
+            "prompt_tokens": self.prompt_tokens,
         }
 
 
@@ -108,7 +137,7 @@ class Request:
         """Nobody saw what a forward call of this request computed."""
         self._first_position = None
         for tag in self._tags.values():
-            tag.next_position = None
+            tag.lose_position()
 
     def _runs(self, inputs: Mapping[str, torch.Tensor]) -> list[TaggedRun]:
         tokens = inputs.get(TOKENS_INPUT)
@@ -128,6 +157,8 @@ class Request:
         is_read = mask is not None and (batch > 1 or mask.device.type == "cpu")
         real = step_columns(mask.cpu().numpy(), length) if mask is not None and is_read else None
         positions = inputs.get("position_ids")
+        # Of a prompt that it runs in pieces, generate() cuts the positions of each out of those of all.
+        is_piece = positions is not None and positions.shape == tokens.shape and positions.stride(0) > length
         if positions is not None and (positions.device.type != "cpu" or positions.shape != tokens.shape):
             positions = None
         found: list[TaggedRun] = []
@@ -148,6 +179,8 @@ class Request:
                     start = first
             if start is not None and tag.begins_again(start, count):
                 tag = self._tags[row, name] = Tag(name)
+            if start is not None and count:
+                tag.sees(start, count, is_piece=is_piece)
             mine: TaggedRun = (None, 0, count) if start is None else (tag, start, count)
             found += [part for part in ((None, 0, left), mine, (None, 0, right)) if part[2]]
         return found
@@ -158,24 +191,23 @@ class SourcedRows:
 
     def __init__(self, source: RowSource) -> None:
         self._source = source
-        self._tags: OrderedDict[str, Tag] = OrderedDict()
+        self._tags: OrderedDict[tuple[str, Hashable], Tag] = OrderedDict()
         self._lock = threading.Lock()
 
     def runs(self) -> list[TaggedRun]:
-        named = self._source() or ()
+        named = [NamedRun(*run) for run in self._source() or ()]
         with self._lock:
-            return [
-                (self._tag(name, position, count) if name else None, position, count)
-                for name, position, count in named
-            ]
+            return [(self._tag(run) if run.request_id else None, run.position, run.num_rows) for run in named]
 
-    def _tag(self, name: str, position: int, count: int) -> Tag:
-        tag = self._tags.get(name)
-        if tag is None or tag.begins_again(position, count):
-            tag = self._tags[name] = Tag(name, whole_prompt=False)
+    def _tag(self, run: NamedRun) -> Tag:
+        key = (run.request_id, run.sequence)
+        tag = self._tags.get(key)
+        if tag is None or (run.sequence is None and tag.begins_again(run.position, run.num_rows)):
+            tag = self._tags[key] = Tag(run.request_id)
             if len(self._tags) > _KNOWN:
                 self._tags.popitem(last=False)
-        self._tags.move_to_end(name)
+        self._tags.move_to_end(key)
+        tag.prompt_tokens = run.num_prompt_tokens
         return tag
 
 
@@ -187,17 +219,14 @@ def ran(runs: Sequence[TaggedRun]) -> None:
 
 
 def tagged(
-    inputs: Mapping[str, torch.Tensor], runs: Sequence[TaggedRun], introduced: set[int]
+    inputs: Mapping[str, torch.Tensor], runs: Sequence[TaggedRun], introduced: set[tuple[int, int | None]]
 ) -> dict[str, torch.Tensor]:
-    """``inputs`` with the notes on ``runs``; requests that are not ``introduced`` in this file yet are."""
+    """``inputs`` with the notes on ``runs``; what this file was not told of a request (``introduced``) yet, it is."""
     if not runs:
         return dict(inputs)
     numbered = [(NO_REQUEST if tag is None else tag.number, position, count) for tag, position, count in runs]
     noted = {**inputs, ROWS_INPUT: encode_rows(numbered)}
-    new: dict[int, dict[str, Any]] = {}
-    for tag, position, count in runs:
-        if tag is not None and tag.number not in introduced and tag.number not in new:
-            new[tag.number] = tag.entry(position, count)
+    new = {tag.told: tag.entry() for tag, _, _ in runs if tag is not None and tag.told not in introduced}
     if new:
         noted[NEW_INPUT] = encode_new(list(new.values()))
         introduced.update(new)
