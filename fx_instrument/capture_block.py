@@ -23,6 +23,7 @@ from .errors import (
     NothingCapturedError,
     TruncatedStreamError,
 )
+from .forks import track
 from .graph.attach import Attachment
 from .graph.exported_call import ExportedAttachment
 from .stream.memory import MIN_MEMORY_BYTES
@@ -65,6 +66,7 @@ class Capture:
         self._on_full = on_full
         self._progress = progress
         self._session: Session | None = None
+        self._forked = False
 
     @property
     def report(self) -> CaptureReport:
@@ -85,6 +87,7 @@ class Capture:
                 else "a capture can be entered once; call capture_activations again"
             )
         attachment.check_unchanged()
+        track(self)
         self._session = open_session(
             framework, self.path, mode=self._mode, on_full=self._on_full, progress=self._progress
         )
@@ -101,6 +104,8 @@ class Capture:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._forked:
+            return
         framework, session = self._framework, self._session
         assert session is not None, "a context manager is left after it was entered"
         attachment = framework._attached("capture_activations")
@@ -115,6 +120,12 @@ class Capture:
             # What was replaced inside the block was not captured from then on.
             attachment.check_unchanged()
             _check_complete(session.report, len(attachment.sites), witness.completed)
+
+    def forked(self) -> None:
+        """In a forked process: leaving the block does nothing, and the framework is free for captures of its own."""
+        self._forked = True
+        if self._framework._capture is self:
+            self._framework._capture = None
 
     def _finish(self, session: Session, error: BaseException | None) -> None:
         try:

@@ -28,8 +28,10 @@ from typing import IO
 
 from .activations import ActivationStream, open_stream
 from .errors import CorruptStreamError, InstrumentationError, NotAStreamError, TruncatedStreamError
+from .forks import track
 from .framework import InstrumentationFramework
 from .repair import recover_stream
+from .stream.files import close_file, write_all
 
 MANIFEST = "manifest.jsonl"
 # A killed process leaves a file that is cut; a machine that lost power one with zeros, at its end or all through.
@@ -72,19 +74,18 @@ class Harvest:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path = self.folder / f"{name}-{uuid.uuid4().hex[:8]}.stream"
         self._capture = framework.capture_activations(self.path, mode="x")
-        self._lines: IO[str]
+        self._notes_fd: int | None = None
         self._turn = threading.Lock()
 
     def __enter__(self) -> Harvest:
         notes = self.path.with_suffix(".jsonl")
-        self._lines = os.fdopen(
-            os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
-        )
+        fd = self._notes_fd = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        track(self)
         try:
-            fcntl.flock(self._lines, fcntl.LOCK_EX)
+            fcntl.flock(fd, fcntl.LOCK_EX)
             self._capture.__enter__()
         except BaseException:
-            self._lines.close()
+            self._close_notes()
             notes.unlink()
             raise
         return self
@@ -95,7 +96,19 @@ class Harvest:
         try:
             self._capture.__exit__(kind, error, trace)
         finally:
-            self._lines.close()
+            self._close_notes()
+
+    def _close_notes(self) -> None:
+        fd, self._notes_fd = self._notes_fd, None
+        if fd is not None:
+            close_file(fd)
+
+    def forked(self) -> None:
+        """In a forked process: nothing is captured or noted, and the lock on the notes is the parent's."""
+        fd, self._notes_fd = self._notes_fd, None
+        if fd is not None:
+            os.close(fd)
+        self._turn = threading.Lock()
 
     def close(self) -> None:
         """End the file, where no ``with`` block does."""
@@ -113,13 +126,14 @@ class Harvest:
             first = self._capture.report.steps
             yield
             end = self._capture.report.steps
+            if self._notes_fd is None:
+                return  # in a forked process
             if end == first:
                 raise InstrumentationError(
                     f"the batch of {len(ids)} inputs made no forward call of the instrumented model"
                 )
             line = {"steps": [first, end], "rows": len(ids), "ids": [str(one) for one in ids]}
-            self._lines.write(json.dumps(line) + "\n")
-            self._lines.flush()
+            write_all(self._notes_fd, [memoryview(json.dumps(line).encode() + b"\n")])
 
 
 def finished_ids(folder: str | os.PathLike[str], *, timeout_s: float = 60.0) -> set[str]:

@@ -16,7 +16,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 STRANDS = {"graph", "capture", "stream"}
 # What every room may use.
-SHARED = {"errors", "config", "sampling", "version"}
+SHARED = {"errors", "forks", "config", "sampling", "version"}
 
 
 def room(path: Path) -> tuple[str, ...]:

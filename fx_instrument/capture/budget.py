@@ -102,6 +102,11 @@ class HostBudget:
         self._freed = 0
         return True
 
+    def forked(self) -> None:
+        """In a forked process: who held the lock is not there, nor who would release anything."""
+        self._changed = threading.Condition()
+        self._open = False
+
     def shut(self) -> None:
         """Let every waiting and later ``acquire`` answer False: what would release the bytes has failed."""
         with self._changed:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
 from ..errors import BufferTooSmallError, CaptureFailedError
+from ..forks import track
 from ..sampling import num_samples, positions
 from .budget import HostBudget
 from .cuda import CudaEngine
@@ -20,6 +20,7 @@ from .pinned import CopyEngine, Landing
 from .progress import ProgressLine
 from .report import CaptureReport
 from .steps import Join, SiteLike, Steps
+from .ticket import Ticket
 from .transfer import Transfer, device_of
 
 _T = TypeVar("_T")
@@ -27,19 +28,6 @@ _PACKING_FROM_BYTES = 1 << 20
 """A buffer below this packs nothing: a sixteenth of it would take no graph run."""
 _PINNED_SHARE = 7 / 8
 """Of the buffer, once values come from a device: the rest counts the bookkeeping of records, and inputs."""
-
-
-@dataclass(slots=True)
-class _Ticket:
-    num_bytes: int
-    dropped: bool
-    device: torch.device | None = None
-    overwritten: bool = False
-    """The values lie where the next run of their graph writes."""
-    early: bool = False
-    """The values may be delivered while their graph still runs."""
-    held_bytes: int = 0
-    """Of values that were, and that it holds."""
 
 
 class Session:
@@ -115,6 +103,7 @@ class Session:
         self._stored_after: float | None = None
         self._duration: float | None = None
         self._drain.start()
+        track(self)
 
     # -- the model's threads ------------------------------------------------------------------------------------
 
@@ -136,9 +125,9 @@ class Session:
         device_bytes: int = 0,
         replays: bool = False,
         early: bool = False,
-    ) -> _Ticket:
+    ) -> Ticket:
         if self._closed:
-            return _Ticket(0, dropped=True)
+            return Ticket(0, dropped=True)
         total = num_bytes + len(sites) * RECORD_OVERHEAD_BYTES
         needed = 2 * total if self._drop else total
         if needed > self._budget.limit_bytes and self._patience is None:
@@ -153,18 +142,18 @@ class Session:
             return self._reserve_on(device, device_bytes, total, overwritten=replays)
         if not self._drop or needed > self._budget.limit_bytes:
             granted = self._acquire(total)
-            return _Ticket(total if granted else 0, dropped=not granted, early=early)
+            return Ticket(total if granted else 0, dropped=not granted, early=early)
         # The graph computes its values, dropped or not. So room for another run of the largest that there was is
         # left free, and a run that is dropped takes it until it is over.
         with self._lock:
             leave = self._largest_run_bytes = max(self._largest_run_bytes, total)
         if self._acquire(total, leave_bytes=leave):
-            return _Ticket(total, dropped=False, early=early)
-        return _Ticket(total if self._budget.acquire(total, wait=True) else 0, dropped=True, early=early)
+            return Ticket(total, dropped=False, early=early)
+        return Ticket(total if self._budget.acquire(total, wait=True) else 0, dropped=True, early=early)
 
     def _reserve_on(
         self, device: torch.device, device_bytes: int, total: int, *, overwritten: bool
-    ) -> _Ticket:
+    ) -> Ticket:
         """Room for what a graph leaves on ``device``: in the budget for ``total`` bytes, in the ring piece by piece."""
         admitted = self._transfer.admit(device_bytes, wait=False)
         if not admitted:
@@ -173,21 +162,21 @@ class Session:
                 timeout_s = self._patience() if self._patience is not None else None
                 admitted = self._transfer.admit(device_bytes, wait=True, timeout_s=timeout_s)
         if not admitted or not self._acquire(total):
-            return _Ticket(0, dropped=True)
-        return _Ticket(total, dropped=False, device=device, overwritten=overwritten)
+            return Ticket(0, dropped=True)
+        return Ticket(total, dropped=False, device=device, overwritten=overwritten)
 
-    def cancel(self, ticket: _Ticket) -> None:
+    def cancel(self, ticket: Ticket) -> None:
         if ticket.num_bytes:
             self._budget.release(ticket.num_bytes)
 
-    def returned(self, ticket: _Ticket) -> None:
+    def returned(self, ticket: Ticket) -> None:
         held, ticket.held_bytes = ticket.held_bytes, 0
         if held:
             self._budget.let_go(held)
 
     def deliver(
         self,
-        ticket: _Ticket,
+        ticket: Ticket,
         sites: Sequence[SiteLike],
         values: Sequence[torch.Tensor],
         full_shapes: Sequence[tuple[int, ...]] | None,
@@ -197,14 +186,14 @@ class Session:
         if ticket.early and ticket.num_bytes:
             ticket.held_bytes = ticket.num_bytes
             self._budget.hold(ticket.num_bytes)
-        if ticket.dropped:
+        if ticket.dropped or self._closed:
             self._count_dropped(names)
             # The caller of this holds the values for a moment more.
             self.cancel(ticket)
             return
         self._hand_over(ticket, Delivery(number, names, calls, list(values), full_shapes, ticket.num_bytes))
 
-    def _hand_over(self, ticket: _Ticket, delivery: Delivery) -> None:
+    def _hand_over(self, ticket: Ticket, delivery: Delivery) -> None:
         """Start the values of ``delivery`` on their way and tell the drain thread."""
         try:
             with self._transfer.in_order(ticket.device):
@@ -218,7 +207,7 @@ class Session:
             self.cancel(ticket)
             raise
 
-    def _copied(self, ticket: _Ticket, copy: Callable[[], _T]) -> _T:
+    def _copied(self, ticket: Ticket, copy: Callable[[], _T]) -> _T:
         """What ``copy`` returns; if it fails, as there is no memory for it, the ticket's room is given back."""
         try:
             return copy()
@@ -246,7 +235,7 @@ class Session:
                 self._eager_records += 1
         self.deliver(ticket, (site,), (kept,), (full_shape,) if self._sampling is not None else None)
 
-    def _reserve_for(self, sites: Sequence[SiteLike], value: torch.Tensor, num_bytes: int) -> _Ticket:
+    def _reserve_for(self, sites: Sequence[SiteLike], value: torch.Tensor, num_bytes: int) -> Ticket:
         device = device_of([value])
         return self.reserve(sites, 0 if device is not None else num_bytes, device=device)
 
@@ -274,7 +263,7 @@ class Session:
             ticket = self._reserve_on(device, 0, total, overwritten=True)
         else:
             granted = self._acquire(total, leave_bytes=self._largest_run_bytes)
-            ticket = _Ticket(total if granted else 0, dropped=not granted)
+            ticket = Ticket(total if granted else 0, dropped=not granted)
         if ticket.dropped:
             with self._lock:
                 self._dropped_inputs += 1
@@ -381,6 +370,15 @@ class Session:
         self._drain.end()
         self._writer.abandon()
         self._transfer.close()
+
+    def forked(self) -> None:
+        """In a forked process, where no thread drains: it is over, and its file is the parent's."""
+        self._closed = self._ended = True
+        self._duration = self._stored_after = time.perf_counter() - self._started
+        self._lock = threading.Lock()
+        self._steps.forked()
+        self._budget.forked()
+        self._writer.forked()
 
     def _summary(self) -> dict[str, Any]:
         """What the file says of its capture."""

@@ -96,6 +96,10 @@ class Steps:
             step.calls = dict(run.counts)
         return step.number, run.names, run.calls
 
+    def forked(self) -> None:
+        """In a forked process: who held the lock is not there."""
+        self._lock = threading.Lock()
+
     @contextlib.contextmanager
     def _joined(self, step: _Step) -> Iterator[None]:
         mine = self._mine

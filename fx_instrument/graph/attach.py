@@ -14,6 +14,7 @@ from torch._dynamo.external_utils import wrap_inline
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import AlreadyInstrumentedError, InstrumentationError
+from ..forks import track
 from .backend import SiteFinder
 from .calls import Calls
 from .counting import BeginStep, CountedCall, EndStep, positional_names
@@ -42,6 +43,8 @@ class Attachment:
         self.model = inner
         self._outer = model if model is not inner else None
         self.sites = tuple(sites)
+        # First, as a forward without a signature is refused.
+        self._input_names = positional_names(inner)
         marked = {site: op_of(inner, site.name) for site in (*sites, *find_siblings(inner, sites))}
         self._modules = {site.name: weakref.ref(marked[site][0]) for site in sites}
         self.marker = Marker({id(marked[site][0]): site for site in sites if marked[site][1] is None})
@@ -54,10 +57,10 @@ class Attachment:
             module.register_forward_hook(self.marker if op is None else self._scope_marker)
             for module, op in marked.values()
         ]
-        self._input_names = positional_names(inner)
         self._before: list[tuple[nn.Module, Any]] = []
         self._compiled_before: dict[str, Any] = {}
         self._generation_config: tuple[Any, Any] | None = None
+        track(self)
 
     def compile(self, backend: Callable[..., Any], **options: Any) -> None:
         """Compile the model in place, so that ``model(...)`` and ``model.generate(...)`` run the rewritten graph.
@@ -150,6 +153,11 @@ class Attachment:
     def _run_idle(self) -> None:
         self.marker.sink = None
         self.marker.capturing = False
+
+    def forked(self) -> None:
+        """In a forked process, where nobody drains: run the idle variant."""
+        self.gate.forked()
+        self._run_idle()
 
     def check_unchanged(self) -> None:
         """Raise if a site's module was replaced, moved or stripped of its marker since it was instrumented."""

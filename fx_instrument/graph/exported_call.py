@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ..errors import InstrumentationError
+from ..forks import track
 from .counting import checked, integer_inputs
 from .exported import MARK, ExportedOutputs, read_spec
 from .gate import Gate
@@ -30,6 +31,7 @@ class ExportedAttachment:
         self.gate = Gate()
         self.sink: Sink | None = None
         self.witness = Witness()
+        track(self)
 
     def add_sites(self, sites: Sequence[Site]) -> None:
         self.sites = tuple(dict.fromkeys((*self.sites, *sites)))
@@ -45,6 +47,11 @@ class ExportedAttachment:
         with self.gate.switch(timeout_s=timeout_s):
             self.sink = None
         return self.witness
+
+    def forked(self) -> None:
+        """In a forked process, where nobody drains: throw captured values away."""
+        self.gate.forked()
+        self.sink = None
 
     def check_unchanged(self) -> None:
         """An exported program's graph is not changed behind its back."""

@@ -116,6 +116,13 @@ class Gate:
                 self.switching = False
                 self._changed.notify_all()
 
+    def forked(self) -> None:
+        """In a forked process: nobody else is inside, and nobody switches."""
+        own = getattr(self.mine, "turn", None)
+        self.switching = False
+        self._changed = threading.Condition()
+        self._turns = weakref.WeakSet([own] if own is not None else [])
+
     def _wait_for_others(self, timeout_s: float | None) -> None:
         wait_s = _LET_IN_AFTER_S if timeout_s is None else timeout_s
         self._before = self._others_in()

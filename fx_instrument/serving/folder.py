@@ -132,6 +132,12 @@ class RecordingFolder:
             close_file(self._fd)
             self._fd = -1
 
+    def forked(self) -> None:
+        """In a forked process: the folder is the parent's."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
     def _files(self) -> list[tuple[int, Path]]:
         names = ((_NAME.fullmatch(path.name), path) for path in self.path.iterdir())
         return [(int(match[1]), path) for match, path in names if match is not None and path.is_file()]

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from ..capture.session import Session
+from ..forks import track
 from .lane import Lane, say_off
 from .report import RecorderReport, RecorderTotals
 
@@ -26,6 +27,7 @@ class OneFile:
         self._failure: BaseException | None = None
         self._closed = False
         self._looked_s = time.monotonic()
+        track(self)
 
     @property
     def lane(self) -> Lane | None:
@@ -77,6 +79,10 @@ class OneFile:
 
     def stop(self) -> None:
         """Nothing, likewise."""
+
+    def forked(self) -> None:
+        """In a forked process: the file is the parent's."""
+        self._closed = True
 
     def close(self) -> None:
         """Write the index and close the file.

@@ -13,6 +13,7 @@ from types import TracebackType
 from ..capture.session import Session
 from ..capture_block import open_session
 from ..errors import CaptureActiveError, InstrumentationError
+from ..forks import track
 from ..framework import InstrumentationFramework
 from .report import RecorderReport
 from .rotation import MIN_FREE_BYTES, FileLimits, RotatingFiles
@@ -85,6 +86,7 @@ class Recorder:
             tend=self._leave_variant,
         )
         self._router = Router(self._files, requests_only=requests_only, max_stall_s=self._max_stall_s)
+        track(self)
 
     # -- what the server calls ----------------------------------------------------------------------------------
 
@@ -233,6 +235,13 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def forked(self) -> None:
+        """In a forked process: closed, and the framework is free for recorders and captures of its own."""
+        self._closed = True
+        self._is_capturing = False
+        if self._framework._capture is self:
+            self._framework._capture = None
 
     # -- files and variants -------------------------------------------------------------------------------------
 

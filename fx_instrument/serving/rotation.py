@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..capture.session import Session
 from ..errors import InstrumentationError
+from ..forks import track
 from .folder import RecordingFolder
 from .lane import Lane, say_off
 from .report import RecorderReport, RecorderTotals
@@ -98,6 +99,7 @@ class RotatingFiles:
         self._lane: Lane | None = None
         self._closed = False
         self._wake = threading.Event()
+        track(self)
         self._thread = threading.Thread(target=self._run, name="fx_instrument-files", daemon=True)
 
     # -- what is asked ------------------------------------------------------------------------------------------
@@ -267,6 +269,15 @@ class RotatingFiles:
             if self._thread.is_alive():
                 self._thread.join(0 if self._ending else timeout_s)
             self._folder.close()
+
+    def forked(self) -> None:
+        """In a forked process, where no thread ends files: closed, and the folder is the parent's."""
+        self._closed = True
+        self._lane = None
+        self._ending, self._errors = [], []
+        self.control, self.changed = threading.RLock(), threading.Condition()
+        self._lock, self._wake = threading.Lock(), threading.Event()
+        self._folder.forked()
 
     # -- the thread ---------------------------------------------------------------------------------------------
 

@@ -169,6 +169,13 @@ class SegmentWriter:
         if fd is not None:
             os.close(fd)
 
+    def forked(self) -> None:
+        """In a forked process: let go of the files, whose locks are the parent's."""
+        for fd in (self._fd, self._replaced_fd):
+            if fd is not None:
+                os.close(fd)
+        self._fd = self._replaced_fd = None
+
     def _write(self, pieces: Sequence[Any]) -> None:
         views = [memoryview(piece).cast("B") for piece in pieces if len(piece)]
         if self._fd is not None:

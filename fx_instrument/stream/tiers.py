@@ -239,6 +239,10 @@ class TierControl:
         with self._lock:
             return max(self._capacity(dtype, tier) for tier in self.tiers)
 
+    def forked(self) -> None:
+        """In a forked process: who held the lock is not there."""
+        self._lock = threading.Lock()
+
     def limit(self) -> tuple[float, str] | None:
         """``(raw bytes a second, "disk" or "cores")``: the most that was measured to go, and what limits it.
 

@@ -202,6 +202,12 @@ class StreamWriter:
         self._closed = True
         self._segment.close()
 
+    def forked(self) -> None:
+        """In a forked process, where no workers are: ``close`` does nothing, and the file is the parent's."""
+        self._closed = True
+        self._segment.forked()
+        self.tiers.forked()
+
     def capacity(self) -> tuple[float, str] | None:
         """``(raw bytes a second, "disk" or "cores")``: the most that this writer takes, as measured; None before
         a page was written."""

@@ -1,0 +1,36 @@
+"""What a forked process lets go of.
+
+A child has its parent's memory, and none of its threads: what they held locked stays locked, what they were to do is
+never done. And it has the parent's open files: it must neither write to them, nor unlock them, nor keep them open, as
+their locks would outlive the parent.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import Protocol
+
+
+class Forked(Protocol):
+    """Something that a parent goes on with and a child has no part in."""
+
+    def forked(self) -> None:
+        """In the child, before anything else runs there: be over. Waits for nothing and raises nothing."""
+
+
+_tracked: weakref.WeakSet[Forked] = weakref.WeakSet()
+
+
+def track(one: Forked) -> None:
+    """Tell ``one`` of forks for as long as it lives, in no particular order."""
+    _tracked.add(one)
+
+
+def _in_child() -> None:
+    for one in list(_tracked):
+        one.forked()
+
+
+if hasattr(os, "register_at_fork"):  # POSIX
+    os.register_at_fork(after_in_child=_in_child)
