@@ -357,6 +357,16 @@ def test_restore_gives_the_model_back() -> None:
     assert capture.report.records == 4
 
 
+def test_a_model_that_is_refused_stays_as_it_was() -> None:
+    """A forward without a signature: nothing of ours is left in the model."""
+    model = make(PLAIN)
+    model.forward = dict.pop  # type: ignore[method-assign, assignment]
+    with pytest.raises(ValueError, match="signature"):
+        InstrumentationFramework().instrument_model(model, backend="eager")
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(name.startswith("_fx") for module in model.modules() for name in vars(module))
+
+
 def test_a_model_compiled_before(tmp_path: Path) -> None:
     """A model that was compiled and called before is captured too; restore brings its compiled call back."""
     model, ids = make(PLAIN), tokens(1, 3)

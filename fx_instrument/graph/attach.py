@@ -130,7 +130,6 @@ class Attachment:
         """Run the capturing variant from now on, and deliver to ``sink``; TimeoutError as ``Gate.switch``."""
         with self.gate.switch(timeout_s=timeout_s):
             self.marker.witness = Witness()
-            self.marker.calls = Calls()
             self.marker.capturing = True
             self.marker.sink = sink
 
@@ -153,6 +152,8 @@ class Attachment:
     def _run_idle(self) -> None:
         self.marker.sink = None
         self.marker.capturing = False
+        # The next block's; a call that Ctrl-C cut off is still held by these.
+        self.marker.calls = Calls()
 
     def forked(self) -> None:
         """In a forked process, where nobody drains: run the idle variant."""
