@@ -334,6 +334,93 @@ def test_a_nearly_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert steps_in(tmp_path / "b") == 1
 
 
+def small_disk(monkeypatch: pytest.MonkeyPatch, folder: Path, room: int) -> None:
+    """A disk with so much room beside the files that are there now."""
+    total = room + sum(path.stat().st_size for path in folder.iterdir())
+    monkeypatch.setattr(
+        RecordingFolder,
+        "free_bytes",
+        lambda self: total - sum(path.stat().st_size for path in self.path.iterdir()),
+    )
+
+
+def record_files(framework: InstrumentationFramework, model: nn.Module, folder: Path, count: int) -> None:
+    with Recorder(framework, folder, min_free_bytes=0) as recorder:
+        for _ in range(count):
+            model(tokens(4, 64))
+            recorder.rotate()
+            until(lambda: not recorder._files.is_ending)
+
+
+@pytest.mark.parametrize("limits", [{"max_files": 1}, {"max_total_bytes": 60_000}])
+def test_a_start_deletes_old_files_before_it_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limits: dict[str, int]
+) -> None:
+    """A disk that old recordings fill has room again once those beyond the limits are gone; nothing else goes."""
+    model, framework = instrumented()
+    folder = tmp_path / "r"
+    record_files(framework, model, folder, 4)
+    notes = folder / "notes.stream"
+    notes.write_text("not a recording")
+    size = recordings(folder)[0].stat().st_size
+    assert 30_000 < size < 60_000
+    small_disk(monkeypatch, folder, 1_000)
+    with (
+        pytest.raises(OSError, match="min_free_bytes is 100000"),
+        Recorder(framework, folder, min_free_bytes=100_000),
+    ):
+        pass
+    assert len(recordings(folder)) == 5
+    with Recorder(framework, folder, min_free_bytes=100_000, **limits) as recorder:
+        assert [path.name[:6] for path in recordings(folder)] == ["000003", "000004", "notes."]
+        model(tokens(1, 4))
+        until(lambda: recorder.report.records == SITES)
+    assert recorder.report.failures == 0 and notes.exists()
+
+
+def test_a_disk_that_fills_up_costs_old_files_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a file is written, and others fill the disk, what is beyond the limits goes before recording ends."""
+    model, framework = instrumented()
+    folder = tmp_path / "r"
+    record_files(framework, model, folder, 3)
+    kept = [path.name for path in recordings(folder)]
+    full = threading.Event()
+    monkeypatch.setattr(
+        RecordingFolder,
+        "free_bytes",
+        lambda _: 1000 if full.is_set() and len(recordings(folder)) > 3 else 1_000_000,
+    )
+    with Recorder(framework, folder, min_free_bytes=200_000, max_files=3) as recorder:
+        model(tokens(4, 64))
+        assert [path.name for path in recordings(folder)[:3]] == kept
+        full.set()
+        until(lambda: len(recordings(folder)) == 3)
+        model(tokens(4, 64))
+        assert recorder.active
+        assert [path.name for path in recordings(folder)[:2]] == kept[1:]
+
+
+def test_a_file_that_calls_are_still_in_is_never_deleted(tmp_path: Path) -> None:
+    """A file that was ended late, behind ones begun after it, stays whole, whatever the limits say."""
+    model, framework = instrumented()
+    folder = tmp_path / "r"
+    with Recorder(framework, folder, min_free_bytes=0, max_files=1) as recorder:
+        model(tokens(1, 4))
+        lane = recorder._files.enter()
+        assert lane is not None
+        try:
+            for _ in range(2):
+                recorder.rotate()
+                model(tokens(1, 4))
+            recorder.rotate()
+            until(lambda: len(recorder._files._ending) == 1)
+            assert lane.path.exists()
+        finally:
+            recorder._files.leave(lane)
+        until(lambda: not recorder._files.is_ending)
+    assert recorder.report.failures == 0
+
+
 @pytest.mark.parametrize("max_stall_s", [0.0, 0.01])
 def test_a_full_buffer_drops(max_stall_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a disk that hangs, calls go on, lost values are counted, and what is written later is whole."""

@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from ..stream.files import close_file
@@ -109,21 +110,23 @@ class RecordingFolder:
         disk = os.fstatvfs(self._fd)
         return disk.f_bavail * disk.f_frsize
 
-    def prune(self, keep: Path | None) -> list[Path]:
-        """Delete the oldest files until what is left is within the limits; never ``keep`` and what came after it."""
+    def prune(self, keep: Collection[Path]) -> list[Path]:
+        """Delete the oldest files until what is left is within the limits; none of ``keep``, none that came after."""
         if self._max_files is None and self._max_bytes is None:
             return []
-        files = [path for _, path in sorted(self._files())]
-        sizes = [path.stat().st_size for path in files]
+        sizes = {}
+        for _, path in sorted(self._files()):
+            with contextlib.suppress(FileNotFoundError):
+                sizes[path] = path.stat().st_size
         deleted = []
-        while files and files[0] != keep:
-            few = self._max_files is None or len(files) <= self._max_files
-            small = self._max_bytes is None or sum(sizes) <= self._max_bytes
-            if few and small:
+        for path in list(sizes):
+            few = self._max_files is None or len(sizes) <= self._max_files
+            small = self._max_bytes is None or sum(sizes.values()) <= self._max_bytes
+            if (few and small) or path in keep:
                 break
-            files[0].unlink(missing_ok=True)
-            deleted.append(files.pop(0))
-            sizes.pop(0)
+            path.unlink(missing_ok=True)
+            deleted.append(path)
+            del sizes[path]
         return deleted
 
     def close(self) -> None:

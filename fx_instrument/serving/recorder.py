@@ -228,7 +228,11 @@ class Recorder:
             )
 
     def __enter__(self) -> Recorder:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(

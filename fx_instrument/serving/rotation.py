@@ -36,7 +36,8 @@ class FileLimits:
     rotate_s: float | None = None
     """So is one that has records and is older, in seconds."""
     max_files: int | None = None
-    """So many files are kept, the oldest are deleted; None keeps all. Files that were there before count."""
+    """So many files are kept, the oldest are deleted before a file is begun and after one was ended; None keeps all.
+    Files that were there before count."""
     max_total_bytes: int | None = None
     """So many bytes of files are kept, likewise."""
     min_free_bytes: int = MIN_FREE_BYTES
@@ -211,6 +212,7 @@ class RotatingFiles:
         if open_folder:
             self._folder.open_again()
         self._folder.check_there()
+        self._prune()
         self._check_room()
         path = self._folder.next_path()
         session = self._open_session(path)
@@ -304,6 +306,8 @@ class RotatingFiles:
                 try:
                     self._folder.check_there()
                     current.check()
+                    if self._folder.free_bytes() < self._limits.min_free_bytes:
+                        self._prune()
                     self._check_room()
                     self._check()
                     if self._is_due(current):
@@ -342,10 +346,19 @@ class RotatingFiles:
             self.changed.notify_all()
         if failure is not None and not lane.failed:
             self._switch_off(lane, failure)
-        try:
-            if report.records == 0 and failure is None:
+        if report.records == 0 and failure is None:
+            try:
                 lane.path.unlink(missing_ok=True)
-            for path in self._folder.prune(keep=lane.path):
+            except OSError as error:
+                log.warning("the empty recording %s could not be deleted: %s", lane.path, error)
+        self._prune(lane)
+
+    def _prune(self, *just_ended: Lane) -> None:
+        """Delete the oldest of too many files; none that is written, or was just ended."""
+        with self.changed:
+            lanes = [*just_ended, *self._ending, *([] if self._lane is None else [self._lane])]
+        try:
+            for path in self._folder.prune([lane.path for lane in lanes]):
                 log.info("deleted %s, the oldest recording", path)
         except OSError as error:
             log.warning("the recordings in %s could not be tidied: %s", self.folder, error)
