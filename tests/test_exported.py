@@ -27,6 +27,8 @@ from fx_instrument import (
     NotInstrumentedError,
     open_stream,
 )
+from fx_instrument.capture.session import Session
+from fx_instrument.graph import exported_call
 from fx_instrument.sampling import positions
 
 if torch.__version__.startswith("2.11."):
@@ -196,6 +198,112 @@ def test_bounds_and_failures(tmp_path: Path) -> None:
     assert capture.report.records == 8
     with open_stream(tmp_path / "o.stream") as stream:
         assert {record.step for record in stream["layers.0.mlp"]} == {2, 4}
+
+
+class Chosen(nn.Module):
+    """Its MLP sees as many rows as ``keep`` has ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x[torch.nonzero(keep).squeeze(-1)]).sum()
+
+
+def chosen_rows(max_memory_gb: float) -> tuple[Any, InstrumentationFramework]:
+    config = InstrumentationConfig(max_memory_gb=max_memory_gb, hook_config=HookConfig(target_layers=["mlp"]))
+    framework = InstrumentationFramework(config)
+    program = torch.export.export(Chosen(), (torch.randn(20000, 64), rows(3)))
+    return framework.instrument_exported(program).module(), framework
+
+
+def rows(count: int) -> torch.Tensor:
+    keep = torch.zeros(20000, dtype=torch.bool)
+    keep[:count] = True
+    return keep
+
+
+def test_sizes_that_depend_on_data_are_counted(tmp_path: Path) -> None:
+    """Inputs of the same shapes with more to capture take their room, each time; what is larger than the bound is
+    refused, and everything counted is given back."""
+    module, framework = chosen_rows(0.04)
+    x = torch.randn(20000, 64)
+    with torch.no_grad(), framework.capture_activations(tmp_path / "o.stream") as capture:
+        module(x, rows(3))
+        module(x, rows(3))
+        before = capture.report.peak_buffer_bytes
+        for count in (20000, 3, 10000, 20000):
+            module(x, rows(count))
+        session = capture._session
+        assert capture.report.peak_buffer_bytes >= before + (20000 - 3) * 256
+    assert session._budget.held_bytes == 0
+    with open_stream(tmp_path / "o.stream") as stream:
+        assert [record.shape[0] for record in stream["mlp"]] == [3, 3, 20000, 3, 10000, 20000]
+    module, framework = chosen_rows(0.006)
+    with torch.no_grad(), framework.capture_activations(None) as capture:
+        module(x, rows(3))
+        with pytest.raises(BufferTooSmallError, match="5120000 bytes"):
+            module(x, rows(20000))
+        module(x, rows(3))
+    assert capture.report.records == 2 and capture._session._budget.held_bytes == 0
+
+
+@pytest.mark.parametrize("on_full", ["stall", "drop"])
+def test_runs_of_sizes_that_depend_on_data_wait_for_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_full: Any
+) -> None:
+    """Many large runs behind small ones never take more than the bound; what is dropped is told."""
+    held: list[int] = []
+    deliver = Session.deliver
+
+    def noted(session: Session, ticket: Any, sites: Any, values: Any, full_shapes: Any) -> None:
+        assert ticket.dropped or ticket.num_bytes >= sum(value.nbytes for value in values)
+        held.append(session._budget.held_bytes)
+        deliver(session, ticket, sites, values, full_shapes)
+
+    monkeypatch.setattr(Session, "deliver", noted)
+    module, framework = chosen_rows(0.02)
+    x = torch.randn(20000, 64)
+    with torch.no_grad(), framework.capture_activations(tmp_path / "o.stream", on_full=on_full) as capture:
+        for turn in range(12):
+            module(x, rows(3 if turn % 3 == 0 else 20000))
+    assert max(held) <= capture._session._budget.limit_bytes
+    assert capture._session._budget.held_bytes == 0
+    assert capture.report.records + capture.report.dropped_records == 12
+    assert capture.report.raw_bytes > 5_000_000
+
+
+def test_sizes_are_kept_for_so_many_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that runs for ever at ever new lengths keeps a bounded number of sizes."""
+    monkeypatch.setattr(exported_call, "_KNOWN_SHAPES", 4)
+    framework = InstrumentationFramework()
+    module = framework.instrument_exported(export(make(PLAIN))).module()
+    known: Any = module.forward
+    with torch.no_grad(), framework.capture_activations(None) as capture:
+        for length in range(2, 12):
+            module(tokens(2, length))
+            assert 1 <= len(known._sizes) <= 4
+        module(tokens(2, 11))
+    assert capture.report.records == 11 * 4
+
+
+def test_copies_capture_too(tmp_path: Path) -> None:
+    """``copy.deepcopy`` of a program or its module gives one with weights of its own that delivers as the original."""
+    model = make(PLAIN)
+    framework = InstrumentationFramework()
+    program = framework.instrument_exported(export(copy.deepcopy(model)))
+    module = program.module()
+    copies = [copy.deepcopy(module), copy.deepcopy(copy.deepcopy(module)), copy.deepcopy(program).module()]
+    ids = tokens(2, 5)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+        with framework.capture_activations(tmp_path / "o.stream"):
+            for copied in copies:
+                assert same_bits(copied(ids), model(ids))
+        assert not module(ids).any()
+    check(tmp_path / "o.stream", model, framework, [ids] * 3)
 
 
 def test_what_is_refused() -> None:

@@ -59,12 +59,20 @@ class ExportedAttachment:
     def detach(self) -> None:
         self.sink = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExportedAttachment:
+        # A copy of a program, or of its module, delivers to the framework that the original delivers to.
+        return self
+
+
+_KNOWN_SHAPES = 1024
+"""For so many inputs the size of the captured values is kept: a text that is generated has others for every token."""
+
 
 class ExportedCall:
     """Calls a program with captures as if it had none: steps are counted, values handed to the open capture.
 
     The size of the captured values is known before a run once inputs of the same shapes were seen; room for the first
-    of them is made after the run.
+    of them is made after the run. So it is for every run of a program whose sizes turn out to depend on the data.
     """
 
     def __init__(
@@ -81,6 +89,7 @@ class ExportedCall:
         self._sites = tuple(site for site, _ in outputs.keys)
         self._names = frozenset(site.name for site in self._sites)
         self._sizes: dict[tuple[Any, ...], int] = {}
+        self._sizes_follow_data = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -96,10 +105,7 @@ class ExportedCall:
     def _capture(self, sink: Sink, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         sink.begin_step(checked(integer_inputs(self._input_names, args, kwargs)))
         try:
-            shapes = tuple(
-                (value.shape, value.dtype) if isinstance(value, torch.Tensor) else None
-                for value in pytree.tree_leaves((args, kwargs))
-            )
+            shapes = tuple(map(_shape_of, pytree.tree_leaves((args, kwargs))))
             num_bytes = self._sizes.get(shapes)
             ticket = sink.reserve(self._sites, num_bytes) if num_bytes is not None else None
             try:
@@ -109,9 +115,13 @@ class ExportedCall:
                     sink.cancel(ticket)
                 raise
             values, full_shapes = self._values(further)
-            if num_bytes is None:
-                num_bytes = self._sizes[shapes] = sum(value.nbytes for value in values)
-                ticket = sink.reserve(self._sites, num_bytes)
+            found = sum(value.nbytes for value in values)
+            if num_bytes is None or num_bytes < found:
+                if num_bytes is not None:
+                    sink.cancel(ticket)
+                ticket = sink.reserve(self._sites, found)
+            if num_bytes != found:
+                self._note(shapes, num_bytes, found)
             sink.deliver(ticket, self._sites, values, full_shapes)
             self._attachment.witness.note(self._names)
             self._attachment.witness.completed = True
@@ -119,12 +129,26 @@ class ExportedCall:
         finally:
             sink.end_step()
 
+    def _note(self, shapes: tuple[Any, ...], expected: int | None, found: int) -> None:
+        if expected is not None or len(self._sizes) >= _KNOWN_SHAPES:
+            self._sizes = {}
+        self._sizes_follow_data |= expected is not None
+        if not self._sizes_follow_data:
+            self._sizes[shapes] = found
+
     def _values(self, further: Any) -> tuple[list[torch.Tensor], list[tuple[int, ...]] | None]:
         (captured,) = further[MARK].values()
         if self._outputs.sampling is None:
             return list(captured.values()), None
         pairs = list(captured.values())
         return [value for value, _ in pairs], [tuple(shape.tolist()) for _, shape in pairs]
+
+
+def _shape_of(argument: object) -> object:
+    """What sizes inside a program may follow from: a tensor's shape, a number."""
+    if isinstance(argument, torch.Tensor):
+        return argument.shape, argument.dtype
+    return argument if isinstance(argument, (bool, int, float)) else None
 
 
 class InstrumentedProgram(ExportedProgram):
@@ -156,7 +180,17 @@ def wrap_forward(
         functools.partial(type(module).forward, module), outputs, attachment, _input_names(module)
     )
     module.forward = call
+    # A copy of a graph module is made from its class, whose forward returns the captures, too.
+    module.__dict__["__deepcopy__"] = functools.partial(_copied, module, outputs, attachment)
     return module
+
+
+def _copied(
+    module: fx.GraphModule, outputs: ExportedOutputs, attachment: ExportedAttachment, memo: dict[int, Any]
+) -> fx.GraphModule:
+    """What ``copy.deepcopy`` gives: a module of its own, which delivers to the same framework."""
+    copied: fx.GraphModule = fx.GraphModule.__deepcopy__(module, memo)
+    return wrap_forward(copied, outputs, attachment)
 
 
 def outputs_of(program: object) -> ExportedOutputs | None:
