@@ -20,7 +20,7 @@ from .graph.rewrite import Sampling
 from .graph.roles import Role
 from .graph.sites import Site
 from .graph.trace import GraphBreak, SeenValue, Traced, trace_call
-from .graph.twin import make_twin
+from .graph.twin import make_twin, written_by
 from .stream.records import RecordMeta
 from .stream.writer import StreamWriter
 
@@ -153,7 +153,7 @@ def plan_model(
     hook_config = config.hook_config
     sampling = Sampling(hook_config.sampling_rate, hook_config.seed) if sampled else None
     sample = _Sample(max(_LEAST_SAMPLE_BYTES, SAMPLE_BYTES // len(sites)))
-    twin = make_twin(model, is_ours)
+    twin = make_twin(model, is_ours, written_by(model, is_ours, args, kwargs)).module
     traced = trace_call(twin, sites, sampling, args, kwargs, dynamic=dynamic, keep=sample.keep)
     inputs = integer_inputs(positional_names(model), args, kwargs)
     by_site: dict[Site, list[SeenValue]] = {site: [] for site in sites}

@@ -20,7 +20,7 @@ from .graph.nested import copy_graph
 from .graph.reference import ComparingSink, SiteDifference, eager_values, largest_difference, same_bits
 from .graph.rewrite import Sampling
 from .graph.sites import Site
-from .graph.twin import copied, make_twin, same_random_state, undisturbed
+from .graph.twin import Twin, copied, make_twin, same_random_state, undisturbed, written_by
 
 
 @dataclass(frozen=True)
@@ -111,19 +111,21 @@ def verify_model(
     filtered: dict[str, Any] = {"options": {"guard_filter_fn": guard_filter_fn}} if guard_filter_fn else {}
     strict = config.strict_numerics and needs_strictness(inner)
 
-    def called(call: Callable[..., Any], twin: nn.Module) -> Callable[[], list[torch.Tensor]]:
+    written = written_by(model, is_ours, args, kwargs)
+
+    def called(call: Callable[..., Any], twin: Twin) -> Callable[[], list[torch.Tensor]]:
         return lambda: _run(call, twin, args, kwargs)
 
-    twin = make_twin(model, is_ours)
-    with eager_values(twin, sites) as expected:
-        _run(twin._call_impl, twin, args, kwargs)
+    twin = make_twin(model, is_ours, written)
+    with eager_values(twin.module, sites) as expected:
+        _run(twin.module._call_impl, twin, args, kwargs)
 
     plain = _Recorder()
     with undisturbed():
-        twin = make_twin(model, is_ours)
+        twin = make_twin(model, is_ours, written)
         backend: Any = plain.outer(plain.inner(resolve_inner(inner, *bound)))
         call = called(
-            torch.compile(twin._call_impl, backend=backend, **outer, **isolation(), **filtered), twin
+            torch.compile(twin.module._call_impl, backend=backend, **outer, **isolation(), **filtered), twin
         )
         outputs = call()
         plain_graphs, num_plain = plain.take_run(), len(plain.graphs)
@@ -132,8 +134,8 @@ def verify_model(
     captured = _Recorder()
     sink = ComparingSink(expected, _sampling(config))
     with undisturbed():
-        twin = make_twin(model, is_ours)
-        attachment = Attachment(twin, sites)
+        twin = make_twin(model, is_ours, written)
+        attachment = Attachment(twin.module, sites)
         backend = CaptureBackend(
             attachment.marker,
             attachment.finder,
@@ -198,17 +200,12 @@ def _sampling(config: InstrumentationConfig) -> Sampling | None:
 
 
 def _run(
-    call: Callable[..., Any], twin: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    call: Callable[..., Any], twin: Twin, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[torch.Tensor]:
-    """The tensors that a call returns, copied; random states and the twin's buffers stay as they were."""
-    before = [(buffer, buffer.clone()) for buffer in twin.buffers()]
-    with same_random_state():
+    """The tensors that a call returns, copied; random states and what the twin holds stay as they were."""
+    with same_random_state(), twin.as_before():
         result = call(*copied(tuple(args)), **copied(dict(kwargs)))
-    outputs = [value.detach().clone() for value in _tensors(result)]
-    with torch.no_grad():
-        for buffer, value in before:
-            buffer.copy_(value)
-    return outputs
+        return [value.detach().clone() for value in _tensors(result)]
 
 
 def _tensors(output: object) -> Iterator[torch.Tensor]:

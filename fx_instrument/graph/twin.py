@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
@@ -20,28 +21,46 @@ from torch._dynamo.utils import counters
 
 from ..errors import InstrumentationError
 from .marker import take_token
+from .state import WriteWatch, put_back, storage_of, tensors_in
 
-# Buffers that a forward call may change (statistics, caches) are copied; larger ones are weights in all but name.
-_COPIED_BUFFER_BYTES = 64 << 20
+_COPIED_BYTES = 64 << 20
+"""Buffers and other tensors (statistics, tables, caches) up to this are copied without asking who writes to them."""
 
 
-def make_twin(model: nn.Module, is_ours: Callable[[object], bool]) -> nn.Module:
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """A copy of a model's modules, without our hooks, and what it holds of its own."""
+
+    module: nn.Module
+    own: tuple[Any, ...]
+    """All that was copied: tensors, containers, objects."""
+
+    def as_before(self) -> contextlib.AbstractContextManager[None]:
+        """A block after which all that it holds is as it was, so that the next call starts where this one did."""
+        return put_back(self.own)
+
+
+def make_twin(model: nn.Module, is_ours: Callable[[object], bool], written: Collection[int] = ()) -> Twin:
     """A copy of ``model``'s modules that shares its parameters, without the hooks that ``is_ours`` knows.
 
-    Hooks, compiled code and state of the model itself stay as they are, whatever is done with the twin.
+    Shared, too, are large tensors of any kind, and those that look into a parameter. The storages at the addresses
+    ``written`` are copied, whatever lies in them. Hooks, compiled code and state of the model itself stay as they are,
+    whatever is done with the twin, but for writes to what is shared.
 
     Raises:
         InstrumentationError: the model holds something that can't be copied.
     """
     memo: dict[int, Any] = {}
-    for module in model.modules():
-        buffers = {id(buffer) for buffer in module._buffers.values() if buffer is not None}
-        for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
-            if not isinstance(value, torch.Tensor):
-                continue
-            small = value.layout is not torch.strided or value.nbytes <= _COPIED_BUFFER_BYTES
-            if id(value) not in buffers or not small or value.requires_grad:
-                memo[id(value)] = value
+    shared = set()
+    for tensor in _shared(model):
+        storage = storage_of(tensor)
+        if storage is None or storage.data_ptr() not in written:
+            memo[id(tensor)] = tensor if isinstance(tensor, nn.Parameter) else _alias(tensor)
+            shared.add(id(tensor))
+    for tensor in tensors_in(model):
+        if id(tensor) not in memo and not tensor.is_leaf:
+            # copy.deepcopy refuses what was computed with gradients.
+            memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
     try:
         twin = copy.deepcopy(model, memo)
     except Exception as error:
@@ -56,7 +75,58 @@ def make_twin(model: nn.Module, is_ours: Callable[[object], bool]) -> nn.Module:
                 del hooks[key]
                 for flags in (module._forward_hooks_with_kwargs, module._forward_pre_hooks_with_kwargs):
                     flags.pop(key, None)
-    return twin
+    # Under its own id the memo keeps the originals.
+    own = tuple(value for key, value in memo.items() if key not in shared and key != id(memo))
+    return Twin(twin, own)
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in another object: who sets its memory or its flags does so for the twin alone."""
+    alias = tensor.detach().requires_grad_(tensor.requires_grad)
+    vars(alias).update(vars(tensor))
+    return alias
+
+
+def written_by(
+    model: nn.Module,
+    is_ours: Callable[[object], bool],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> frozenset[int]:
+    """Which of the storages that a twin would share a call writes to, by address; found by running it once, eagerly.
+
+    Parameters alone are no reason to: what writes to those in a forward call writes to the model's.
+    """
+    shared = list(_shared(model))
+    if all(isinstance(tensor, nn.Parameter) for tensor in shared):
+        return frozenset()
+    storages = {found.data_ptr(): found for found in map(storage_of, shared) if found is not None}
+    twin = make_twin(model, is_ours)
+    with same_random_state(), WriteWatch(storages) as watch:
+        call: Callable[..., Any] = twin.module._call_impl
+        call(*copied(tuple(args)), **copied(dict(kwargs)))
+    written: frozenset[int] = watch.written
+    return written
+
+
+def _shared(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters, what looks into their memory, and large tensors."""
+    tensors = list(tensors_in(model))
+    found = {id(tensor): storage_of(tensor) for tensor in tensors}
+    addresses = {
+        storage.data_ptr()
+        for tensor in tensors
+        if isinstance(tensor, nn.Parameter) and (storage := found[id(tensor)]) is not None
+    }
+    for tensor in tensors:
+        storage = found[id(tensor)]
+        is_large = storage is not None and storage.nbytes() > _COPIED_BYTES
+        if (
+            isinstance(tensor, nn.Parameter)
+            or is_large
+            or (storage is not None and storage.data_ptr() in addresses)
+        ):
+            yield tensor
 
 
 def copied(arguments: Any) -> Any:
