@@ -11,7 +11,7 @@ import atexit
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .capture.session import Session
 from .capture.transfer import device_of
 from .capture_block import open_session
 from .config import InstrumentationConfig
-from .errors import BufferTooSmallError, InstrumentationError
+from .errors import BufferTooSmallError, InstrumentationError, NoSitesError
 from .framework import InstrumentationFramework
 from .graph.attach import Attachment
 from .graph.backend import CaptureBackend
@@ -33,7 +33,7 @@ from .serving.lane import Lane
 from .serving.off_file import OffFile
 from .serving.one_file import OneFile
 from .serving.rotation import FileLimits, RotatingFiles
-from .step_sink import StepSink
+from .step_sink import StepSink, gather, pieces
 
 log = logging.getLogger(__name__)
 
@@ -99,14 +99,28 @@ class EngineCapture(InstrumentationFramework):
         stem, suffix = (path.stem, path.suffix) if self._limits is None else (path.name, "")
         self.path = path.with_name(f"{stem}.rank{rank}{suffix}")
 
+    def sites_of(self, model: torch.nn.Module) -> dict[str, str]:
+        """Name -> role of the sites that would be captured; empty where the model has none of them."""
+        try:
+            return {site.name: site.role for site in choose_sites(model, self.config)}
+        except NoSitesError:
+            return {}
+
     def attach(
-        self, model: torch.nn.Module, rank: int, world: int, *, first_number: int | None = None
+        self,
+        model: torch.nn.Module,
+        rank: int,
+        world: int,
+        *,
+        first_number: int | None = None,
+        elsewhere: Mapping[str, str] | None = None,
     ) -> None:
         """Plant the markers, and open the file, which is the ``rank``-th of ``world``'s.
 
         Args:
             first_number: of the requests', drawn once for workers that are told of the same requests and store
                 different sites of them; None draws one.
+            elsewhere: ``sites_of`` the models of those workers.
 
         Raises:
             NoSitesError: the model has none of the sites.
@@ -116,7 +130,8 @@ class EngineCapture(InstrumentationFramework):
         attachment.marker.capturing = True
         attachment.marker.sink = self.sink
         roles = {site.name: site.role for site in attachment.sites}
-        self._planner = RowPlanner(roles, EVERYTHING if self._all_requests else None, first_number)
+        default = EVERYTHING if self._all_requests else None
+        self._planner = RowPlanner(roles, default, first_number, elsewhere)
         opened = functools.partial(self._open_session, rank=rank, world=world)
         if self._limits is None:
             self.files = OneFile(self.path, opened(self.path, mode=self._mode))
@@ -324,17 +339,17 @@ class EngineCapture(InstrumentationFramework):
         if group.new_requests:
             inputs[NEW_INPUT] = encode_new(group.new_requests)
         if token_ids is not None:
-            inputs[TOKENS_INPUT] = _gather(token_ids, rows, total)
+            inputs[TOKENS_INPUT] = gather(token_ids, rows, total)
         before = session.dropped_inputs
         session.begin_step(inputs)
         try:
             if session.dropped_inputs != before:
                 planner.announce_again(group)
-            for sites, sources in _pieces(values, len(rows), self._piece_bytes):
+            for sites, sources in pieces(values, len(rows), self._piece_bytes):
                 num_bytes = sum(source[0].nbytes for source in sources) * len(rows)
                 device = device_of(sources)
                 ticket = session.reserve(sites, 0 if device is not None else num_bytes, device=device)
-                kept = () if ticket.dropped else [_gather(source, rows, total) for source in sources]
+                kept = () if ticket.dropped else [gather(source, rows, total) for source in sources]
                 session.deliver(ticket, sites, kept, None)
         finally:
             session.end_step()
@@ -372,30 +387,3 @@ class EngineCapture(InstrumentationFramework):
         self.sink.take()
         if self.files is not None:
             self.files.close()
-
-
-def _gather(source: torch.Tensor, rows: torch.Tensor, total: int) -> torch.Tensor:
-    """Rows of a step's value in memory of their own, but for a CPU's value that is kept whole."""
-    if source.shape[0] < total:
-        raise InstrumentationError(f"a value has {source.shape[0]} rows, the step has {total} tokens")
-    if len(rows) == total == source.shape[0] and source.device.type == "cpu":
-        return source
-    return source.index_select(0, rows.to(source.device, non_blocking=True))
-
-
-def _pieces(
-    values: Sequence[tuple[Site, torch.Tensor]], num_rows: int, piece_bytes: int
-) -> Iterator[tuple[list[Site], list[torch.Tensor]]]:
-    sites: list[Site] = []
-    sources: list[torch.Tensor] = []
-    size = 0
-    for site, value in values:
-        num_bytes = value[0].nbytes * num_rows
-        if sites and size + num_bytes > piece_bytes:
-            yield sites, sources
-            sites, sources, size = [], [], 0
-        sites.append(site)
-        sources.append(value)
-        size += num_bytes
-    if sites:
-        yield sites, sources

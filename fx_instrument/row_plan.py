@@ -209,12 +209,18 @@ class RowPlanner:
         default: what a request gets that says nothing.
         first_number: requests are numbered from here on, whether they are captured or not, so that all workers of an
             engine that are told of the same ones number them alike; None draws it.
+        elsewhere: name -> role of the sites that other workers capture, which requests may name as well.
     """
 
     def __init__(
-        self, sites: Mapping[str, str], default: Choice | None, first_number: int | None = None
+        self,
+        sites: Mapping[str, str],
+        default: Choice | None,
+        first_number: int | None = None,
+        elsewhere: Mapping[str, str] | None = None,
     ) -> None:
-        self._sites = dict(sites)
+        self._own = frozenset(sites)
+        self._sites = {**(elsewhere or {}), **sites}
         self._default = default
         self._states: dict[str, _State | None] = {}
         """By engine id; None for those that are not captured."""
@@ -235,7 +241,9 @@ class RowPlanner:
         self._next_number += 1
         self._states[engine_id] = None
         choice = self._default if wish is None else self._parse(wish)
-        if choice is None or (choice.sites is not None and not choice.sites):
+        if choice is not None and choice.sites is not None:
+            choice = Choice(choice.sites & self._own, choice.positions)
+        if choice is None or choice.sites == frozenset():
             return
         entry = {
             "number": number,

@@ -1,8 +1,8 @@
-"""Where the values of an engine's forward call wait until it is known whose rows they are."""
+"""Where the values of an engine's forward call wait until it is known whose rows they are, and how rows are taken."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,3 +59,31 @@ class StepSink:
     def take(self) -> list[tuple[Site, torch.Tensor]]:
         values, self.values, self.armed = self.values, [], False
         return values
+
+
+def gather(source: torch.Tensor, rows: torch.Tensor, total: int) -> torch.Tensor:
+    """Rows of a step's value in memory of their own, but for a CPU's value that is kept whole."""
+    if source.shape[0] < total:
+        raise InstrumentationError(f"a value has {source.shape[0]} rows, the step has {total} tokens")
+    if len(rows) == total == source.shape[0] and source.device.type == "cpu":
+        return source
+    return source.index_select(0, rows.to(source.device, non_blocking=True))
+
+
+def pieces(
+    values: Sequence[tuple[Site, torch.Tensor]], num_rows: int, piece_bytes: int
+) -> Iterator[tuple[list[Site], list[torch.Tensor]]]:
+    """The sites' values in turn, in pieces whose rows take so many bytes at most; of one site, whatever it takes."""
+    sites: list[Site] = []
+    sources: list[torch.Tensor] = []
+    size = 0
+    for site, value in values:
+        num_bytes = value[0].nbytes * num_rows
+        if sites and size + num_bytes > piece_bytes:
+            yield sites, sources
+            sites, sources, size = [], [], 0
+        sites.append(site)
+        sources.append(value)
+        size += num_bytes
+    if sites:
+        yield sites, sources

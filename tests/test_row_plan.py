@@ -113,6 +113,23 @@ def test_sites_of_their_own_are_a_group_of_their_own() -> None:
     ]
 
 
+def test_sites_that_other_workers_capture() -> None:
+    """A request may name sites of all workers; each stores its own, and numbers all requests as the others do."""
+    layers = [{name: role for name, role in SITES.items() if f".{i}." in name} for i in (0, 1)]
+    numbers: list[list[int]] = []
+    for own in layers:
+        planner = RowPlanner(own, None, first_number=5, elsewhere={**layers[0], **layers[1]})
+        planner.begin("b", "b", 1, 0, {"layers": [0, 1], "roles": ["mlp"]})
+        planner.begin("c", "c", 1, 0, {"layers": [1]})
+        planner.begin("d", "d", 1, 0, {"sites": list(own)})
+        with pytest.raises(ValueError, match="no site lies"):
+            planner.begin("e", "e", 1, 0, {"layers": [2]})
+        groups = planner.plan([("b", 0, 1), ("c", 0, 1), ("d", 0, 1), ("e", 0, 1)])
+        assert all(group.sites and group.sites <= set(own) for group in groups)
+        numbers.append(sorted(number for group in groups for number, _, _ in group.runs))
+    assert numbers == [[5, 7], [5, 6, 7]]
+
+
 def test_recomputed_rows_are_stored_once() -> None:
     """What a preemption makes the engine compute again is not stored twice; what is new is."""
     planner = RowPlanner(SITES, EVERYTHING)

@@ -218,7 +218,7 @@ def test_each_worker_has_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(vllm, "register", lambda: None)
     monkeypatch.setattr(vllm, "_worker", None)
     monkeypatch.setattr(vllm, "_place", lambda config: (1, 2))
-    monkeypatch.setattr(vllm, "_shared_number", lambda: 7)
+    monkeypatch.setattr(vllm, "_of_all_stages", lambda mine: [mine, mine])
     monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "0")
     limits = {"rotate_s": 60.0, "min_free_bytes": 0} if rotates else {}
     with socket.socket() as free:

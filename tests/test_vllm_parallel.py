@@ -74,6 +74,23 @@ def test_a_request_asks_a_tensor_parallel_group(
         check_rows(stream, hooks, last["id"], tokens, [len(last["prompt"]) - 1])
 
 
+def test_a_request_names_layers_of_several_stages(
+    folder: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Each stage stores what it has of a request's layers, and refuses none for those of another stage."""
+    job = job_of(folder, tmp_path / "out.stream", pipeline_parallel_size=2)
+    job["engine"]["enable_prefix_caching"] = False
+    wishes = [{"layers": [0, 1], "roles": ["mlp"]}, {"layers": [1]}]
+    job["rounds"] = [[{"prompt": PROMPTS[0], "wish": wish}] for wish in wishes]
+    found = run_engine(job, environment, tmp_path)
+    assert [report["refused_requests"] for report in found["reports"]] == [0, 0]
+    with open_stream(sorted(tmp_path.glob("*.stream"))) as stream:
+        both, second = (stream.request(result["id"]) for result in found["results"])
+        assert set(both) == {site for site in SITES if site.endswith("mlp")}
+        assert set(second) == {site for site in SITES if ".1." in site}
+        assert all(len(rows) == both.num_tokens for request in (both, second) for rows in request.values())
+
+
 def test_pipeline_stages_read_as_one(folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
     """Each stage's first rank stores its own layers; a request's rows come from both files."""
     job = job_of(folder, tmp_path / "out.stream", pipeline_parallel_size=2)

@@ -64,6 +64,7 @@ class Engine:
         config: Any = None,
         place: tuple[int, int] = (0, 1),
         first_number: int | None = None,
+        elsewhere: dict[str, str] | None = None,
         **options: Any,
     ) -> None:
         settings: dict[str, Any] = {"all_requests": True, "mode": "w", "drop": False, "max_stall_s": None}
@@ -74,7 +75,7 @@ class Engine:
         self.graphs = 0
         if place[1] > 1:
             self.capture.take_rank(place[0])
-        self.capture.attach(self.model, *place, first_number=first_number)
+        self.capture.attach(self.model, *place, first_number=first_number, elsewhere=elsewhere)
         self.run: Any = (
             torch.compile(self.model, backend=self._compile, dynamic=True) if compiled else self.model
         )

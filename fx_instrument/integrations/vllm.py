@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -40,6 +40,7 @@ _CPU_OPTIONS = {
     "epilogue_fusion": True,
     "cpp.dynamic_threads": True,
 }
+_Said = TypeVar("_Said")
 _INTERNAL_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
 
 
@@ -158,8 +159,11 @@ class WorkerCapture:
         rank, world = place
         if world > 1:
             self.capture.take_rank(rank)
+        model = self.model_runner.get_model()
+        stages = _of_all_stages((draw_number(), self.capture.sites_of(model)))
+        elsewhere = {name: role for _, sites in stages for name, role in sites.items()}
         try:
-            self.capture.attach(self.model_runner.get_model(), rank, world, first_number=_shared_number())
+            self.capture.attach(model, rank, world, first_number=stages[0][0], elsewhere=elsewhere)
         except NoSitesError:
             if self.vllm_config.parallel_config.pipeline_parallel_size == 1:
                 raise
@@ -342,11 +346,14 @@ def _place(vllm_config: Any) -> tuple[int, int] | None:
     return replica * stages + state.get_pp_group().rank_in_group, stages * parallel.data_parallel_size
 
 
-def _shared_number() -> int:
-    """Drawn by the first pipeline stage for all of them, which are told of the same requests."""
-    state = importlib.import_module("vllm.distributed.parallel_state")
-    number: int = state.get_pp_group().broadcast_object(draw_number(), src=0)
-    return number
+def _of_all_stages(mine: _Said) -> list[_Said]:
+    """What each pipeline stage says of itself, the first one first; all of them are told of the same requests."""
+    group = importlib.import_module("vllm.distributed.parallel_state").get_pp_group()
+    if group.world_size == 1:
+        return [mine]
+    said = [mine] * group.world_size
+    torch.distributed.all_gather_object(said, mine, group=group.cpu_group)
+    return said
 
 
 def _client_id(engine_id: str) -> str:
