@@ -31,8 +31,8 @@ from fx_instrument.capture.session import Session
 from fx_instrument.graph import exported_call
 from fx_instrument.sampling import positions
 
-if torch.__version__.startswith("2.11."):
-    # Of named ones it derives min(4 * tokens, 8 * tokens) == 4 * tokens in grouped-query attention, and takes that for
+if torch.__version__.startswith(("2.11.", "2.12.")):
+    # Of named ones they derive min(4 * tokens, 8 * tokens) == 4 * tokens in grouped-query attention, and take that for
     # a violation of "tokens".
     BATCH = TOKENS = torch.export.Dim.DYNAMIC
 else:
