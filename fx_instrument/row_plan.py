@@ -232,10 +232,14 @@ class RowPlanner:
     ) -> None:
         """A request is scheduled for the first time; ``wish`` is its extra argument, None if it has none.
 
+        Of one that is known already only a longer prompt counts, as of a session whose client sends more: it is what
+        comes before the next token to generate.
+
         Raises:
             ValueError: as ``parse_choice``; the request is not captured then.
         """
         if engine_id in self._states:
+            self._goes_on(self._states[engine_id], num_prompt_tokens)
             return
         number = self._next_number
         self._next_number += 1
@@ -255,6 +259,12 @@ class RowPlanner:
             "positions": choice.positions if isinstance(choice.positions, str) else list(choice.positions),
         }
         self._states[engine_id] = _State(number, entry, choice, num_prompt_tokens, 0)
+
+    def _goes_on(self, state: _State | None, num_prompt_tokens: int) -> None:
+        if state is not None and num_prompt_tokens > state.num_prompt_tokens:
+            state.num_prompt_tokens = num_prompt_tokens
+            state.entry = {**state.entry, "prompt_tokens": num_prompt_tokens}
+            state.announced_in = None
 
     def finish(self, engine_ids: Iterable[str]) -> None:
         for engine_id in engine_ids:

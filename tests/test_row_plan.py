@@ -130,6 +130,19 @@ def test_sites_that_other_workers_capture() -> None:
     assert numbers == [[5, 7], [5, 6, 7]]
 
 
+def test_a_prompt_that_goes_on() -> None:
+    """A session's client sends more: the file is told of the longer prompt; not so of a preempted request."""
+    planner = RowPlanner(SITES, None)
+    planner.begin("a", "a", 3, 0, "prompt")
+    told = []
+    for first, count, num_prompt_tokens in ((0, 3, 3), (0, 4, 3), (4, 4, 8)):
+        planner.begin("a", "a", num_prompt_tokens, first, "prompt")
+        for group in planner.plan([("a", first, count)]):
+            lengths = [entry["prompt_tokens"] for entry in group.new_requests]
+            told.append((lengths, [run[1:] for run in group.runs]))
+    assert told == [([3], [(0, 3)]), ([8], [(4, 4)])]
+
+
 def test_recomputed_rows_are_stored_once() -> None:
     """What a preemption makes the engine compute again is not stored twice; what is new is."""
     planner = RowPlanner(SITES, EVERYTHING)
