@@ -185,9 +185,7 @@ class RotatingFiles:
     def stop(self) -> None:
         """Record no more, at once; the file is ended beside the caller."""
         with self.control:
-            lane = self.replace(None)
-            if lane is not None:
-                self.retire(lane)
+            self.replace(None)
 
     def rotate(self) -> None:
         """Begin the next file now; forward calls in flight finish in the old one.
@@ -196,9 +194,7 @@ class RotatingFiles:
             OSError: the next file can't be created; the old one stays.
         """
         with self.control:
-            before = self.replace(self.begin())
-            if before is not None:
-                self.retire(before)
+            self.replace(self.begin())
 
     def begin(self, *, open_folder: bool = False) -> Lane:
         """A new file, not current yet; ``open_folder`` takes the folder at the path where the one before is gone.
@@ -228,13 +224,17 @@ class RotatingFiles:
         return lane
 
     def replace(self, lane: Lane | None) -> Lane | None:
-        """Make ``lane`` the current file; the one before, where calls may still be in flight."""
-        with self._lock:
-            before, self._lane = self._lane, lane
+        """Make ``lane`` the current file; the one before is ended once its calls in flight have left."""
+        # At no moment is it neither current nor on its way out: nothing would keep it from being deleted.
+        with self.changed:
+            with self._lock:
+                before, self._lane = self._lane, lane
+            if before is not None:
+                self.retire(before)
         return before
 
     def retire(self, lane: Lane) -> None:
-        """End a file that is not current any more, once its calls in flight have left."""
+        """End a file that is not current, once its calls in flight have left."""
         with self.changed:
             self._ending.append(lane)
         self._wake.set()
@@ -368,8 +368,6 @@ class RotatingFiles:
             if lane.failed:
                 return
             current = self.replace(None)
-            if current is not None:
-                self.retire(current)
             for failed in (lane, current or lane):
                 failed.failed = True
             self._count(reason)
