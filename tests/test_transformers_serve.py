@@ -41,12 +41,12 @@ class Client:
         stream: bool = False,
         *,
         prompt: str | None = None,
-        max_tokens: int = NEW_TOKENS,
+        max_tokens: int | None = None,
     ) -> str:
         body = {
             "model": self._model,
             "messages": [{"role": "user", "content": prompt or PROMPTS[request_id]}],
-            "max_tokens": max_tokens,
+            "max_tokens": max_tokens or NEW_TOKENS,
             "temperature": 0.0,
             "stream": stream,
         }
