@@ -2,17 +2,15 @@
 
     python tests/overloaded.py FILE CODEC ON_FULL BOUND_BYTES NUM_STEPS ELEMENTS NUM_SITES
 
-The file's ``writev`` waits until ten times the bytes that it has taken were offered, or until the model itself waits
+The writer stores a block once ten times the values that it has stored were offered, or once the model itself waits
 for room. So the buffer is as full as it can be for as long as it can be, however fast the machine is. Prints JSON.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +20,23 @@ from memory import resident
 
 from fx_instrument.capture.budget import HostBudget
 from fx_instrument.capture.drain import RECORD_OVERHEAD_BYTES
+from fx_instrument.stream.blocks import BlockHeader
+from fx_instrument.stream.segment_writer import SegmentWriter
 
 OVERLOAD = 10
 
 
 class Brake:
-    """Lets the writer write a tenth of what the model offers."""
+    """Lets the writer store a tenth of the values that the model offers, however well they compress."""
 
     def __init__(self, record_bytes: int, stalls: bool) -> None:
         self._stalls = stalls
-        # What is offered is counted with the bookkeeping of its records, what is written is not.
+        # What is offered is counted with the bookkeeping of its records, what is stored is not.
         self._ratio = OVERLOAD * (record_bytes + RECORD_OVERHEAD_BYTES) / record_bytes
-        self.offered = self.written = self.blocked = 0
+        self.offered = self.stored = self.blocked = 0
         self.released = False
         self._changed = threading.Condition()
-        self._acquire, self._writev = HostBudget.acquire, os.writev
+        self._acquire, self._write_block = HostBudget.acquire, SegmentWriter.write_block
 
     def put_on(self) -> None:
         brake = self
@@ -53,20 +53,17 @@ class Brake:
                 with brake._changed:
                     brake.blocked -= wait and brake._stalls
 
-        def writev(fd: int, views: Sequence[memoryview]) -> int:
-            size = sum(map(len, views))
-            # The file's first bytes come from the thread that opens it, which is the one that runs the model.
-            opening = threading.current_thread() is threading.main_thread()
+        def write_block(writer: SegmentWriter, header: BlockHeader, *block: Any, **more: Any) -> int:
             with brake._changed:
-                brake._changed.wait_for(lambda: opening or brake.may_write(size))
-                brake.written += size
-            return brake._writev(fd, views)
+                brake._changed.wait_for(lambda: brake.may_store(header.raw_bytes))
+                brake.stored += header.raw_bytes
+            return brake._write_block(writer, header, *block, **more)
 
         HostBudget.acquire = acquire  # type: ignore[method-assign]
-        os.writev = writev  # type: ignore[assignment]
+        SegmentWriter.write_block = write_block  # type: ignore[method-assign]
 
-    def may_write(self, size: int) -> bool:
-        return self.released or self.blocked > 0 or self.offered >= self._ratio * (self.written + size)
+    def may_store(self, num_bytes: int) -> bool:
+        return self.released or self.blocked > 0 or self.offered >= self._ratio * (self.stored + num_bytes)
 
     def let_go(self) -> None:
         with self._changed:

@@ -185,7 +185,10 @@ def test_memory_threads_and_files_stay_flat(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_stays_flat_over_requests(tmp_path: Path) -> None:
-    """Thousands of requests with ids of their own, over files that rotate and go: no more memory than at a quarter."""
+    """Thousands of requests with ids of their own, over files that rotate and go: memory that grows no more.
+
+    The C library's heap takes until some 20 000 to settle.
+    """
     model, framework = instrumented()
     prompts = [tokens(1, 8, seed=seed) for seed in range(500)]
     step = tokens(1, 1)
@@ -202,7 +205,7 @@ def test_memory_stays_flat_over_requests(tmp_path: Path) -> None:
                         model(prompts[number])
                         model(step)
 
-        for _ in range(8):
+        for _ in range(24):
             threads = [threading.Thread(target=serve, args=(number,)) for number in range(2)]
             for thread in threads:
                 thread.start()
@@ -211,12 +214,12 @@ def test_memory_stays_flat_over_requests(tmp_path: Path) -> None:
             until(lambda: not recorder._files.is_ending)
             sizes.append((process.memory_info().rss, process.num_threads(), process.num_fds()))
     report = recorder.report
-    assert report.steps == 16_000 and report.failures == 0 and report.files > 10
-    assert report.records + report.dropped_records == 16_000 * SITES
+    assert report.steps == 48_000 and report.failures == 0 and report.files > 10
+    assert report.records + report.dropped_records == 48_000 * SITES
     assert len(recordings(folder)) <= 3
-    quarter, end = sizes[1], sizes[-1]
-    assert end[0] - quarter[0] < 4 << 20, sizes
-    assert end[1:] == quarter[1:], sizes
+    settled, end = sizes[11], sizes[-1]
+    assert end[0] - settled[0] < 6 << 20, sizes
+    assert end[1:] == settled[1:], sizes
 
 
 def test_switching_compiles_nothing(tmp_path: Path) -> None:
