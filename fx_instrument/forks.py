@@ -28,8 +28,14 @@ def track(one: Forked) -> None:
 
 
 def _in_child() -> None:
+    failure: Exception | None = None
     for one in list(_tracked):
-        one.forked()
+        try:
+            one.forked()
+        except Exception as error:  # the others must hear of it all the same
+            failure = failure or error
+    if failure is not None:
+        raise failure  # the interpreter reports it, and goes on
 
 
 if hasattr(os, "register_at_fork"):  # POSIX

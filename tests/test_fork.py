@@ -29,6 +29,7 @@ from fx_instrument import (
 )
 from fx_instrument.capture.session import Session
 from fx_instrument.capture_block import open_session
+from fx_instrument.forks import track
 from fx_instrument.graph.attach import Attachment
 from fx_instrument.harvest import Harvest, collect
 from fx_instrument.serving.one_file import OneFile
@@ -91,6 +92,27 @@ def is_locked(path: Path) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+def test_one_that_fails_in_the_child_keeps_nothing_from_the_others() -> None:
+    class Told:
+        told = False
+
+        def forked(self) -> None:
+            self.told = True
+
+    class Failing(Told):
+        def forked(self) -> None:
+            raise ValueError("in the child")
+
+    some = [Told() if number % 2 else Failing() for number in range(16)]  # told in any order
+    for one in some:
+        track(one)
+
+    def child() -> None:
+        assert all(one.told or isinstance(one, Failing) for one in some)
+
+    in_child(child)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", None])
