@@ -185,9 +185,9 @@ def test_memory_threads_and_files_stay_flat(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_stays_flat_over_requests(tmp_path: Path) -> None:
-    """Thousands of requests with ids of their own, over files that rotate and go: memory that grows no more.
+    """Thousands of requests with ids of their own, over files that rotate and go: no more memory than at the start.
 
-    The C library's heap takes until some 20 000 to settle.
+    That is once the C library's heap has settled, which takes it some 16 000 of them.
     """
     model, framework = instrumented()
     prompts = [tokens(1, 8, seed=seed) for seed in range(500)]
@@ -217,9 +217,9 @@ def test_memory_stays_flat_over_requests(tmp_path: Path) -> None:
     assert report.steps == 48_000 and report.failures == 0 and report.files > 10
     assert report.records + report.dropped_records == 48_000 * SITES
     assert len(recordings(folder)) <= 3
-    settled, end = sizes[11], sizes[-1]
-    assert end[0] - settled[0] < 6 << 20, sizes
-    assert end[1:] == settled[1:], sizes
+    start, end = sizes[-7], sizes[-1]
+    assert end[0] - start[0] < 4 << 20, sizes
+    assert end[1:] == start[1:], sizes
 
 
 def test_switching_compiles_nothing(tmp_path: Path) -> None:

@@ -143,15 +143,9 @@ class _JoinedSink:
         with self._join():
             return self._sink.reserve(sites, num_bytes, **of_values)
 
-    def deliver(
-        self,
-        ticket: Any,
-        sites: Sequence[Site],
-        values: Sequence[torch.Tensor],
-        full_shapes: Sequence[tuple[int, ...]] | None,
-    ) -> None:
+    def deliver(self, *of_run: Any, **named: Any) -> None:
         with self._join():
-            self._sink.deliver(ticket, sites, values, full_shapes)
+            self._sink.deliver(*of_run, **named)
 
     def cancel(self, ticket: Any) -> None:
         with self._join():

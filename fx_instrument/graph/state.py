@@ -47,13 +47,10 @@ def tensors_in(model: nn.Module) -> Iterator[torch.Tensor]:
 
 def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
     """The memory that the values of ``tensor`` lie in; None where it is not one piece of its own."""
-    if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
+    if is_traceable_wrapper_subclass(tensor) or not torch._C._has_storage(tensor):
         return None
-    try:
-        storage = tensor.untyped_storage()
-        return storage if storage.data_ptr() else None
-    except (RuntimeError, NotImplementedError):  # fake ones have no memory
-        return None
+    storage = tensor.untyped_storage()
+    return storage if storage.data_ptr() else None  # fake ones, and those without elements, lie nowhere
 
 
 @contextlib.contextmanager
