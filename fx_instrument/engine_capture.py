@@ -245,8 +245,11 @@ class EngineCapture(InstrumentationFramework):
 
     @property
     def is_following(self) -> bool:
-        """Whether to tell it of requests: it stores their rows, or may go on with it in their middle."""
-        return self.files is not None and not self.files.closed
+        """Whether to tell it of requests: it stores their rows, or may go on with it in their middle.
+
+        Not while the engine starts: what it computes then, as requests of its own making, nobody sent.
+        """
+        return self.files is not None and not self.files.closed and not self.sink.starting
 
     def switch(self, on: bool) -> bool:
         """Store nothing from the next call on, or go on, also after a failure where files rotate.

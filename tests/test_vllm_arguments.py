@@ -14,7 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from fx_instrument import HookConfig, HookGranularity, InstrumentationConfig, InstrumentationError
+from fx_instrument import (
+    HookConfig,
+    HookGranularity,
+    InstrumentationConfig,
+    InstrumentationError,
+    open_stream,
+)
 from fx_instrument.integrations import vllm
 from fx_instrument.integrations.vllm import BACKEND, WorkerCapture, engine_arguments, server_arguments
 from fx_instrument.serving.rotation import FileLimits
@@ -245,41 +251,70 @@ def test_each_worker_has_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
 
 
+class Engine:
+    """vLLM's worker as far as ``WorkerCapture`` asks of it, with a model of one site."""
+
+    batch: tuple[str, ...] = ()
+
+    def __init__(self, vllm_config: Any) -> None:
+        self.model = torch.nn.ModuleDict({"mlp": torch.nn.Linear(2, 2)})
+        self.model_runner = SimpleNamespace(input_ids=None)
+
+    def execute_model(self, scheduler_output: Any) -> str:
+        self.model_runner.input_batch = SimpleNamespace(req_ids=list(self.batch))
+        self.model["mlp"](torch.ones(2, 2))
+        return "tokens"
+
+    def compile_or_warm_up_model(self) -> str:
+        # As vLLM's second model runner does: its kernels are warmed up by requests through the worker's own method.
+        self.batch = ("_warmup_0_",)
+        self.execute_model(step("_warmup_0_"))
+        self.execute_model(step(finished=("_warmup_0_",)))
+        return "times"
+
+
+class Worker(WorkerCapture, Engine):
+    def __init__(self, vllm_config: Any) -> None:
+        self.vllm_config = vllm_config
+        vllm_config.scheduler_config = SimpleNamespace(max_num_batched_tokens=64)
+        self.capture = vllm._capture_of(vllm_config)
+        Engine.__init__(self, vllm_config)
+        self.capture.attach(self.model, 0, 1)
+
+
+def step(*names: str, finished: tuple[str, ...] = ()) -> Any:
+    """A scheduler's output: new requests of one token each."""
+    new = [
+        SimpleNamespace(req_id=name, num_computed_tokens=0, sampling_params=None, prompt_len=1)
+        for name in names
+    ]
+    cached = SimpleNamespace(req_ids=[], num_computed_tokens=[])
+    return SimpleNamespace(
+        finished_req_ids=finished,
+        scheduled_new_reqs=new,
+        scheduled_cached_reqs=cached,
+        num_scheduled_tokens=dict.fromkeys(names, 1),
+    )
+
+
+def test_requests_that_the_engine_warms_up_with_are_not_stored(tmp_path: Path) -> None:
+    """They run through the worker as a client's do, before it serves; their sites count as delivering."""
+    worker = Worker(engine(tmp_path / "a.stream", {}))
+    assert worker.compile_or_warm_up_model() == "times"
+    worker.batch = ("a-00000000",)
+    assert worker.execute_model(step("a-00000000")) == "tokens"
+    report = worker.finish_capture()
+    assert report is not None and report["failures"] == 0
+    with open_stream(tmp_path / "a.stream") as stream:
+        assert stream.requests == ("a",)
+        assert stream.num_steps == 1
+
+
 def test_a_step_whose_batch_does_not_match(tmp_path: Path) -> None:
     """Rows that can't be assigned switch the capture off, once; the step's output is the engine's all the same."""
-
-    class Engine:
-        def __init__(self, vllm_config: Any) -> None:
-            self.model_runner = SimpleNamespace(
-                input_batch=SimpleNamespace(req_ids=["a-00000000"]), input_ids=None
-            )
-
-        def execute_model(self, scheduler_output: Any) -> str:
-            return "tokens"
-
-    class Worker(WorkerCapture, Engine):
-        def __init__(self, vllm_config: Any) -> None:
-            self.vllm_config = vllm_config
-            self.capture = vllm._capture_of(vllm_config)
-            Engine.__init__(self, vllm_config)
-
     worker = Worker(engine(tmp_path / "a.stream", {}))
-    model = torch.nn.ModuleDict({"mlp": torch.nn.Linear(2, 2)})
-    worker.capture.attach(model, 0, 1)
-
-    def step(*names: str) -> Any:
-        new = [
-            SimpleNamespace(req_id=name, num_computed_tokens=0, sampling_params=None, prompt_len=1)
-            for name in names
-        ]
-        cached = SimpleNamespace(req_ids=[], num_computed_tokens=[])
-        return SimpleNamespace(
-            finished_req_ids=(),
-            scheduled_new_reqs=new,
-            scheduled_cached_reqs=cached,
-            num_scheduled_tokens=dict.fromkeys(names, 1),
-        )
-
+    worker.compile_or_warm_up_model()
+    worker.batch = ("a-00000000",)
     assert worker.execute_model(step("a-00000000", "b-00000000")) == "tokens"
     assert worker.execute_model(step("c-00000000")) == "tokens"
     report = worker.finish_capture()
