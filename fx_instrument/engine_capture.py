@@ -76,6 +76,8 @@ class EngineCapture(InstrumentationFramework):
         self.sink = StepSink()
         self.files: OneFile | RotatingFiles | None = None
         """Where rows go, once the model is attached."""
+        self.within = ""
+        """Name of the part of the model whose rows are tokens, which sites must lie in; "" for all of it."""
         self.refused_requests = 0
         self.paused = False
         """Whether nothing is stored for now; requests are followed all the same, so that it can go on at any step."""
@@ -102,9 +104,22 @@ class EngineCapture(InstrumentationFramework):
     def sites_of(self, model: torch.nn.Module) -> dict[str, str]:
         """Name -> role of the sites that would be captured; empty where the model has none of them."""
         try:
-            return {site.name: site.role for site in choose_sites(model, self.config)}
+            return {site.name: site.role for site in self._choose(model)}
         except NoSitesError:
             return {}
+
+    def _choose(self, model: torch.nn.Module) -> tuple[Site, ...]:
+        sites = choose_sites(model, self.config)
+        if not self.within:
+            return sites
+        inside = tuple(site for site in sites if f"{site.name}.".startswith(f"{self.within}."))
+        outside = [site.name for site in sites if site not in inside]
+        if outside and (not inside or self.config.hook_config.target_layers is not None):
+            raise NoSitesError(
+                f"{outside[0]} lies outside {self.within}, and what runs there has no rows of tokens: choose sites "
+                f"inside it, such as HookConfig(target_layers=['{self.within}.**.mlp'])"
+            )
+        return inside
 
     def attach(
         self,
@@ -126,7 +141,7 @@ class EngineCapture(InstrumentationFramework):
             NoSitesError: the model has none of the sites.
             OSError: the file can't be created, or the folder is not this process' own.
         """
-        attachment = self._attachment = Attachment(model, choose_sites(model, self.config))
+        attachment = self._attachment = Attachment(model, self._choose(model))
         attachment.marker.capturing = True
         attachment.marker.sink = self.sink
         roles = {site.name: site.role for site in attachment.sites}
@@ -214,6 +229,11 @@ class EngineCapture(InstrumentationFramework):
                 f"{', '.join(silent[:4])}{', ...' if len(silent) > 4 else ''}. Modules outside the compiled model "
                 f"can't be captured; if it is all of them, a compile cache served a graph without captures, or the "
                 f"model runs without a traced graph under CUDA graphs: run the engine eagerly"
+            )
+        if sink.in_replays:
+            raise InstrumentationError(
+                f"{min(site.name for site in sink.in_replays)} runs inside an operator that CUDA graphs replay without "
+                f"its Python: choose other sites, or run the engine eagerly"
             )
         most = max(sink.fired.values()) * max_rows
         if most > self._piece_bytes * _PIECES and not self._drop and self._max_stall_s is None:
@@ -338,6 +358,7 @@ class EngineCapture(InstrumentationFramework):
         planner = self._planner
         assert planner is not None
         rows = torch.from_numpy(group.rows())
+        placed = rows.to(values[0][1].device, non_blocking=True)
         inputs = {ROWS_INPUT: encode_rows(group.runs)}
         if group.new_requests:
             inputs[NEW_INPUT] = encode_new(group.new_requests)
@@ -352,7 +373,7 @@ class EngineCapture(InstrumentationFramework):
                 num_bytes = sum(source[0].nbytes for source in sources) * len(rows)
                 device = device_of(sources)
                 ticket = session.reserve(sites, 0 if device is not None else num_bytes, device=device)
-                kept = () if ticket.dropped else [gather(source, rows, total) for source in sources]
+                kept = () if ticket.dropped else [gather(source, placed, total) for source in sources]
                 session.deliver(ticket, sites, kept, None)
         finally:
             session.end_step()

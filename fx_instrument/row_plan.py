@@ -233,13 +233,14 @@ class RowPlanner:
         """A request is scheduled for the first time; ``wish`` is its extra argument, None if it has none.
 
         Of one that is known already only a longer prompt counts, as of a session whose client sends more: it is what
-        comes before the next token to generate.
+        comes before the next token to generate. It may begin at a position that is stored already: that of a stop
+        token which was run before it was known as one, and is no part of the prompt.
 
         Raises:
             ValueError: as ``parse_choice``; the request is not captured then.
         """
         if engine_id in self._states:
-            self._goes_on(self._states[engine_id], num_prompt_tokens)
+            self._goes_on(self._states[engine_id], num_prompt_tokens, num_cached_tokens)
             return
         number = self._next_number
         self._next_number += 1
@@ -260,8 +261,9 @@ class RowPlanner:
         }
         self._states[engine_id] = _State(number, entry, choice, num_prompt_tokens, 0)
 
-    def _goes_on(self, state: _State | None, num_prompt_tokens: int) -> None:
+    def _goes_on(self, state: _State | None, num_prompt_tokens: int, num_computed_tokens: int) -> None:
         if state is not None and num_prompt_tokens > state.num_prompt_tokens:
+            state.next_position = min(state.next_position, num_computed_tokens)
             state.num_prompt_tokens = num_prompt_tokens
             state.entry = {**state.entry, "prompt_tokens": num_prompt_tokens}
             state.announced_in = None

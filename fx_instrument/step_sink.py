@@ -23,6 +23,8 @@ class StepSink:
         self.fired: dict[Site, int] = {}
         """Bytes of a row by site, of the sites that delivered while the engine started."""
         self.eager = False
+        self.in_replays: set[Site] = set()
+        """Sites whose hook ran while the engine recorded a CUDA graph: a replay does not run it."""
 
     def reserve(self, sites: Sequence[Site], num_bytes: int, **of_a_device: Any) -> bool:
         return True
@@ -47,6 +49,8 @@ class StepSink:
 
     def record_eager(self, site: Site, value: torch.Tensor) -> None:
         self.eager = True
+        if self.starting and value.is_cuda and torch.cuda.is_current_stream_capturing():
+            self.in_replays.add(site)
         if self.armed or self.starting:
             # An engine's norms may add into what a module returned.
             self.deliver(True, (site,), (value.detach().clone(),), None)

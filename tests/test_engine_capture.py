@@ -289,3 +289,26 @@ def test_the_file_is_private(tmp_path: Path) -> None:
     engine = Engine(tmp_path / "out.stream")
     engine.capture.close()
     assert (tmp_path / "out.stream").stat().st_mode & 0o077 == 0
+
+
+def test_a_site_that_a_cuda_graph_replays_without_its_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hook that ran while the engine recorded a CUDA graph is silent in its replays: refused at start, by name."""
+
+    class OnDevice(torch.Tensor):
+        is_cuda = True
+
+    engine = Engine(tmp_path / "out.stream")
+    sink = engine.capture.sink
+    site = engine.capture.sites[0]
+    value = torch.ones(2, HIDDEN).as_subclass(OnDevice)
+    for recording in (False, True):
+        sink.starting = True
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda recording=recording: recording)
+        sink.record_eager(site, value)
+        if not recording:
+            engine.capture.check_fired(64)
+    with pytest.raises(InstrumentationError, match=rf"{site.name} runs inside an operator that CUDA graphs"):
+        engine.capture.check_fired(64)
+    engine.capture.close()

@@ -143,6 +143,18 @@ def test_a_prompt_that_goes_on() -> None:
     assert told == [([3], [(0, 3)]), ([8], [(4, 4)])]
 
 
+def test_a_stop_token_that_was_run_before_it_was_known_as_one() -> None:
+    """With asynchronous scheduling a session's stop token is run; the next turn's first token has its position."""
+    planner = RowPlanner(SITES, EVERYTHING)
+    planner.begin("a", "a", 5, 0, None)
+    stored = []
+    for first, count in ((0, 5), (5, 1), (6, 1)):
+        stored += [run[1:] for group in planner.plan([("a", first, count)]) for run in group.runs]
+    planner.begin("a", "a", 9, 6, None)
+    stored += [run[1:] for group in planner.plan([("a", 6, 3)]) for run in group.runs]
+    assert stored == [(0, 5), (5, 1), (6, 1), (6, 3)]
+
+
 def test_recomputed_rows_are_stored_once() -> None:
     """What a preemption makes the engine compute again is not stored twice; what is new is."""
     planner = RowPlanner(SITES, EVERYTHING)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import socket
+import sys
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,9 @@ from fx_instrument import (
     InstrumentationError,
     open_stream,
 )
-from fx_instrument.integrations import vllm
+from fx_instrument.engine_capture import EngineCapture
+from fx_instrument.errors import NoSitesError
+from fx_instrument.integrations import vllm, vllm_checks
 from fx_instrument.integrations.vllm import BACKEND, WorkerCapture, engine_arguments, server_arguments
 from fx_instrument.serving.rotation import FileLimits
 
@@ -48,11 +51,15 @@ def engine(output: Path, parts: Mapping[str, Mapping[str, Any]], **options: Any)
             "prefill_context_parallel_size": 1,
             "decode_context_parallel_size": 1,
             "use_ubatching": False,
+            "tensor_parallel_size": 1,
+            "use_sequence_parallel_moe": False,
         },
+        "cache_config": {"kv_sharing_fast_prefill": False},
         "compilation_config": {
             "mode": given["mode"],
             "backend": given.get("backend", "inductor"),
             "cudagraph_mode": CudaGraphs[given["cudagraph_mode"]],
+            "pass_config": SimpleNamespace(**{"fuse_allreduce_rms": True, **given.get("pass_config", {})}),
         },
         "device_config": {"device_type": "cuda"},
     }
@@ -61,6 +68,7 @@ def engine(output: Path, parts: Mapping[str, Mapping[str, Any]], **options: Any)
         **sections,
         additional_config=arguments["additional_config"],
         speculative_config=parts.get("speculative_config"),
+        num_speculative_tokens=parts.get("num_speculative_tokens", 0),
     )
 
 
@@ -69,7 +77,8 @@ def test_what_the_arguments_say_is_accepted(tmp_path: Path, route: str) -> None:
     """With nothing changed, and eagerly, an engine starts: the refusals below are of what was changed."""
     for eagerly in (False, True):
         off = {"mode": 0, "cudagraph_mode": CudaGraphs.NONE} if eagerly else {}
-        config = engine(tmp_path / "a.stream", {"compilation_config": off}, route=route)
+        parts = {"compilation_config": off, "parallel_config": {"tensor_parallel_size": 2}}
+        config = engine(tmp_path / "a.stream", parts, route=route)
         capture = vllm._capture_of(config)
         assert capture.path == tmp_path / "a.stream" and not capture.is_capturing
 
@@ -79,6 +88,15 @@ def test_what_the_arguments_say_is_accepted(tmp_path: Path, route: str) -> None:
     "parts, says",
     [
         ({"speculative_config": {"method": "ngram"}}, "speculative decoding .* switch one of the two off"),
+        ({"num_speculative_tokens": 32}, "diffusion computes each row several times"),
+        ({"cache_config": {"kv_sharing_fast_prefill": True}}, "kv_sharing_fast_prefill computes some rows"),
+        (
+            {
+                "parallel_config": {"tensor_parallel_size": 2},
+                "compilation_config": {"mode": 3, "pass_config": SimpleNamespace(fuse_allreduce_rms=True)},
+            },
+            "fuse_allreduce_rms would fuse",
+        ),
         ({"parallel_config": {"prefill_context_parallel_size": 2}}, "prefill_context_parallel_size > 1"),
         ({"parallel_config": {"decode_context_parallel_size": 2}}, "decode_context_parallel_size > 1"),
         ({"parallel_config": {"use_ubatching": True}}, "enable_dbo and ubatch_size > 1 run a batch in parts"),
@@ -260,7 +278,7 @@ class Engine:
         self.model = torch.nn.ModuleDict({"mlp": torch.nn.Linear(2, 2)})
         self.model_runner = SimpleNamespace(input_ids=None)
 
-    def execute_model(self, scheduler_output: Any) -> str:
+    def execute_model(self, scheduler_output: Any) -> Any:
         self.model_runner.input_batch = SimpleNamespace(req_ids=list(self.batch))
         self.model["mlp"](torch.ones(2, 2))
         return "tokens"
@@ -320,3 +338,159 @@ def test_a_step_whose_batch_does_not_match(tmp_path: Path) -> None:
     report = worker.finish_capture()
     assert report is not None and report["records"] == 0 and report["failures"] == 1
     assert "holds 1 of 2 scheduled requests" in report["last_failure"]
+
+
+def test_a_pooling_model_s_rows_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second runner pools inside the step: the answer says which requests it held, in which order."""
+
+    def execute(self: Engine, scheduler_output: Any) -> Any:
+        self.model["mlp"](torch.ones(3, 2))
+        answer = SimpleNamespace(req_ids=["b-00000000", "a-00000000"])
+        return SimpleNamespace(model_runner_output=answer)
+
+    worker = Worker(engine(tmp_path / "a.stream", {}))
+    worker.compile_or_warm_up_model()
+    monkeypatch.setattr(Engine, "execute_model", execute)
+    ids = torch.tensor([7, 8, 9], dtype=torch.int32)
+    worker.model_runner = SimpleNamespace(
+        execute_model_state=None, input_buffers=SimpleNamespace(input_ids=ids)
+    )
+    both = step("a-00000000", "b-00000000")
+    both.num_scheduled_tokens["a-00000000"] = 2
+    worker.execute_model(both)
+    report = worker.finish_capture()
+    assert report is not None and report["failures"] == 0
+    with open_stream(tmp_path / "a.stream") as stream:
+        assert stream.request("b").token_ids() == {0: 7}
+        assert stream.request("a").token_ids() == {0: 8, 1: 9}
+
+
+def test_a_scheduler_that_is_not_understood(tmp_path: Path) -> None:
+    """What this package expects of vLLM's scheduler and does not find ends the capture, never the engine's step."""
+    worker = Worker(engine(tmp_path / "a.stream", {}))
+    worker.compile_or_warm_up_model()
+    worker.batch = ("a-00000000",)
+    renamed = step("a-00000000")
+    del renamed.scheduled_cached_reqs
+    assert worker.execute_model(renamed) == "tokens"
+    report = worker.finish_capture()
+    assert report is not None and report["failures"] == 1
+    assert "scheduled_cached_reqs" in report["last_failure"]
+
+
+def test_the_language_model_of_a_multimodal_one(tmp_path: Path) -> None:
+    """Only it has rows of tokens: sites are chosen in it, and those that are named outside it are refused."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.visual = torch.nn.ModuleDict({"mlp": torch.nn.Linear(2, 2)})
+            self.language_model = torch.nn.ModuleDict({"mlp": torch.nn.Linear(2, 2)})
+
+        def get_language_model(self) -> torch.nn.Module:
+            return self.language_model
+
+    class Unknown(Model):
+        def get_language_model(self) -> torch.nn.Module:
+            raise NotImplementedError
+
+    assert vllm_checks.language_part(torch.nn.Linear(2, 2)) == vllm_checks.language_part(Unknown()) == ""
+
+    def capture_of(*globs: str) -> EngineCapture:
+        config = InstrumentationConfig(hook_config=HookConfig(target_layers=list(globs) or None))
+        capture = EngineCapture(
+            config,
+            tmp_path / "a.stream",
+            all_requests=True,
+            mode="w",
+            drop=False,
+            max_stall_s=None,
+            engine="test",
+        )
+        capture.within = vllm_checks.language_part(Model())
+        return capture
+
+    assert set(capture_of().sites_of(Model())) == {"language_model.mlp"}
+    assert set(capture_of("language_model.*").sites_of(Model())) == {"language_model.mlp"}
+    for globs in (["visual.mlp"], ["**.mlp"]):
+        with pytest.raises(NoSitesError, match=r"visual.mlp lies outside language_model.*language_model\."):
+            capture_of(*globs).attach(Model(), 0, 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_outputs_that_are_not_whole_on_each_rank() -> None:
+    """One rank of a tensor-parallel group stores: a site that holds a share or a summand there is refused, by name."""
+
+    class Row(torch.nn.Linear):
+        def __init__(self, reduce_results: bool, tp_size: int = 2) -> None:
+            super().__init__(2, 2)
+            self.reduce_results, self.tp_size = reduce_results, tp_size
+
+    class Column(torch.nn.Linear):
+        gather_output = False
+        tp_size = 2
+
+    alone = SimpleNamespace(use_sequence_parallel_moe=False)
+
+    def check(name: str = "mlp", parallel: Any = alone, **modules: torch.nn.Module) -> None:
+        model = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict(modules)})
+        vllm_checks.check_whole(model, [name], parallel)
+
+    check(gate_up_proj=Column(2, 2), down_proj=Row(True))
+    check(down_proj=Row(False, tp_size=1))
+    check(experts=torch.nn.Linear(2, 2), shared_experts=torch.nn.ModuleDict({"down_proj": Row(False)}))
+    with pytest.raises(InstrumentationError, match=r"mlp gives .* a summand .*\(down_proj leaves the sum"):
+        check(down_proj=Row(False))
+    with pytest.raises(InstrumentationError, match=r"mlp.down_proj gives .* a summand .*\(it leaves the sum"):
+        check("mlp.down_proj", down_proj=Row(False))
+    with pytest.raises(InstrumentationError, match=r"mlp.gate_up_proj gives .* share of its columns"):
+        check("mlp.gate_up_proj", gate_up_proj=Column(2, 2))
+    with pytest.raises(InstrumentationError, match=r"dot_product_attention gives .* share of its columns"):
+        check("mlp.scaled_dot_product_attention")
+    with pytest.raises(InstrumentationError, match="split the rows of experts"):
+        check(parallel=SimpleNamespace(use_sequence_parallel_moe=True), down_proj=Row(True))
+
+
+@pytest.mark.parametrize(
+    "dense, index, place", [(True, 0, (1, 2)), (True, 1, (3, 4)), (False, 0, (1, 4)), (False, 1, (3, 4))]
+)
+def test_replicas_have_a_number_each(
+    monkeypatch: pytest.MonkeyPatch, dense: bool, index: int, place: tuple[int, int]
+) -> None:
+    """Replicas of a dense model are told that they are alone, so their number is taken from where it is left."""
+    group = SimpleNamespace(rank_in_group=1)
+    state = SimpleNamespace(get_tp_group=lambda: SimpleNamespace(rank_in_group=0), get_pp_group=lambda: group)
+    monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", state)
+    parallel = SimpleNamespace(
+        pipeline_parallel_size=2,
+        data_parallel_index=index,
+        data_parallel_rank=0 if dense else index,
+        data_parallel_size=1 if dense else 2,
+    )
+    monkeypatch.setattr(vllm.importlib, "import_module", lambda name: sys.modules[name])
+    assert vllm._place(SimpleNamespace(parallel_config=parallel)) == place
+
+
+def test_a_language_model_with_a_configuration_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM gives that of a multimodal model a copy, which shares the compilation's; another engine's does not."""
+
+    class VllmBackend:
+        def __init__(self, vllm_config: Any) -> None:
+            self.vllm_config = vllm_config
+
+        def __call__(self, graph: Any, example_inputs: Any) -> str:
+            return "plain"
+
+    monkeypatch.setattr(
+        vllm.importlib, "import_module", lambda name: SimpleNamespace(VllmBackend=VllmBackend)
+    )
+    mine = engine(tmp_path / "a.stream", {}, route="plugin")
+    capture = SimpleNamespace(compile=lambda graph, example_inputs, compile_plain: "captured")
+    monkeypatch.setattr(vllm, "_worker", SimpleNamespace(stores=True, vllm_config=mine, capture=capture))
+    vllm.register()
+    vllm.register()
+    assert VllmBackend(mine)(None, []) == "captured"
+    assert VllmBackend(SimpleNamespace(**vars(mine)))(None, []) == "captured"
+    assert VllmBackend(engine(tmp_path / "b.stream", {}))(None, []) == "plain"

@@ -26,7 +26,8 @@ from ..engine_capture import EngineCapture, Scheduled
 from ..errors import InstrumentationError, NoSitesError
 from ..row_plan import draw_number
 from ..serving.rotation import FileLimits
-from .vllm_arguments import BACKEND, KEY, WORKER, Route, engine_arguments, server_arguments
+from .vllm_arguments import BACKEND, KEY, WORKER, engine_arguments, server_arguments
+from .vllm_checks import check_supported, check_whole, language_part, restore_piecewise
 
 __all__ = ["engine_arguments", "server_arguments"]
 
@@ -100,7 +101,12 @@ def register() -> None:
     def call(self: Any, graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         compile_plain = functools.partial(original, self)
         worker = _worker
-        if worker is None or not worker.stores or worker.vllm_config is not self.vllm_config:
+        # The language model of a multimodal one has a configuration of its own, which shares this part.
+        if (
+            worker is None
+            or not worker.stores
+            or worker.vllm_config.compilation_config is not self.vllm_config.compilation_config
+        ):
             return compile_plain(graph, example_inputs)
         return worker.capture.compile(graph, example_inputs, compile_plain)
 
@@ -116,8 +122,8 @@ def _capture_of(vllm_config: Any) -> EngineCapture:
             f"the worker {WORKER} needs additional_config[{KEY!r}]: give vLLM all that engine_arguments returns"
         )
     if settings["route"] == "plugin":
-        _restore_piecewise(vllm_config)
-    _check_supported(vllm_config, settings["route"])
+        restore_piecewise(vllm_config)
+    check_supported(vllm_config, settings["route"])
     vllm_config.additional_config = _graph_settings(vllm_config.additional_config)
     limits = settings["limits"]
     return EngineCapture(
@@ -160,7 +166,11 @@ class WorkerCapture:
         if world > 1:
             self.capture.take_rank(rank)
         model = self.model_runner.get_model()
-        stages = _of_all_stages((draw_number(), self.capture.sites_of(model)))
+        self.capture.within = language_part(model)
+        sites = self.capture.sites_of(model)
+        if self.vllm_config.parallel_config.tensor_parallel_size > 1:
+            check_whole(model, sites, self.vllm_config.parallel_config)
+        stages = _of_all_stages((draw_number(), sites))
         elsewhere = {name: role for _, sites in stages for name, role in sites.items()}
         try:
             self.capture.attach(model, rank, world, first_number=stages[0][0], elsewhere=elsewhere)
@@ -194,8 +204,15 @@ class WorkerCapture:
 
     def execute_model(self, scheduler_output: Any) -> Any:
         capture = self.capture
-        scheduled = self._begin_step(scheduler_output) if capture.is_following else {}
-        if not scheduled or not capture.arm(scheduled.values()):
+        scheduled: dict[str, Scheduled] = {}
+        try:
+            if capture.is_following:
+                scheduled = self._begin_step(scheduler_output)
+            armed = bool(scheduled) and capture.arm(scheduled.values())
+        except Exception as error:
+            capture.give_up(error)
+            armed = False
+        if not armed:
             return super().execute_model(scheduler_output)  # type: ignore[misc]
         try:
             output = super().execute_model(scheduler_output)  # type: ignore[misc]
@@ -203,8 +220,8 @@ class WorkerCapture:
             capture.sink.take()
             raise
         try:
-            batch, token_ids = _batch_of(self.model_runner)
-            order = [scheduled[name] for name in batch.req_ids if name in scheduled]
+            names, token_ids = _batch_of(self.model_runner, output)
+            order = [scheduled[name] for name in names if name in scheduled]
             if len(order) != len(scheduled):
                 raise InstrumentationError(
                     f"vLLM's batch holds {len(order)} of {len(scheduled)} scheduled requests"
@@ -289,51 +306,6 @@ def _config_of(values: Mapping[str, Any]) -> InstrumentationConfig:
     return InstrumentationConfig(**known)
 
 
-def _check_supported(vllm_config: Any, route: Route) -> None:
-    """Refuse what would lose or misplace rows in silence."""
-    parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
-    if vllm_config.speculative_config is not None:
-        raise InstrumentationError(
-            "speculative decoding computes rows of tokens that are rejected later, so rows and positions would not "
-            "match: switch one of the two off"
-        )
-    for option in ("prefill_context_parallel_size", "decode_context_parallel_size"):
-        if getattr(parallel, option, 1) > 1:
-            raise InstrumentationError(f"{option} > 1 spreads a request's rows over workers: not supported")
-    if getattr(parallel, "use_ubatching", False):
-        raise InstrumentationError("enable_dbo and ubatch_size > 1 run a batch in parts: not supported")
-    cudagraphs = compilation.cudagraph_mode
-    if int(compilation.mode) == 0:
-        if vllm_config.device_config.device_type != "cpu" and cudagraphs is not None and cudagraphs.value:
-            raise InstrumentationError(
-                f"without compilation there is no traced graph, and under CUDA graphs (cudagraph_mode "
-                f"{cudagraphs.name}) Python hooks run only once: use enforce_eager=True to capture eagerly"
-            )
-        return
-    if cudagraphs is not None and cudagraphs.has_full_cudagraphs():
-        raise InstrumentationError(
-            f"cudagraph_mode {cudagraphs.name} replays the whole model past the point where values are taken: use "
-            f"the NONE or PIECEWISE that engine_arguments returns"
-        )
-    if route == "official" and compilation.backend != BACKEND:
-        raise InstrumentationError(
-            f"compilation_config.backend is {compilation.backend!r}, expected {BACKEND!r}: give vLLM the "
-            f"compilation_config that engine_arguments returns"
-        )
-
-
-def _restore_piecewise(vllm_config: Any) -> None:
-    """vLLM's CPU platform turns mode 3 into 2 to spare compile time; the plugin route needs 3, which works there."""
-    compilation, parallel = vllm_config.compilation_config, vllm_config.parallel_config
-    if int(compilation.mode) == 2 and vllm_config.device_config.device_type == "cpu":
-        compilation.mode = type(compilation.mode)(3)
-        compilation.splitting_ops = None
-        compilation.compile_sizes = compilation.compile_sizes or []
-        # vLLM's own pass for the older form names CUDA operators that its CPU build lacks.
-        compilation.inductor_compile_config["enable_auto_functionalized_v2"] = True
-        compilation.set_splitting_ops_for_v1(parallel.all2all_backend, parallel.data_parallel_size)
-
-
 def _place(vllm_config: Any) -> tuple[int, int] | None:
     """Number of this worker's file and how many there are; None for a worker whose rows another one stores."""
     state = importlib.import_module("vllm.distributed.parallel_state")
@@ -342,8 +314,10 @@ def _place(vllm_config: Any) -> tuple[int, int] | None:
         return None
     parallel = vllm_config.parallel_config
     stages = parallel.pipeline_parallel_size
-    replica = parallel.data_parallel_rank
-    return replica * stages + state.get_pp_group().rank_in_group, stages * parallel.data_parallel_size
+    # Replicas of a dense model are told that they are alone, but for this number.
+    replica = parallel.data_parallel_index
+    replicas = max(parallel.data_parallel_size, replica + 1)
+    return replica * stages + state.get_pp_group().rank_in_group, stages * replicas
 
 
 def _of_all_stages(mine: _Said) -> list[_Said]:
@@ -363,11 +337,14 @@ def _client_id(engine_id: str) -> str:
     return _INTERNAL_SUFFIX.sub("", engine_id)
 
 
-def _batch_of(runner: Any) -> tuple[Any, torch.Tensor | None]:
-    """The batch that the runner just ran, in the order of its rows, and its token ids."""
+def _batch_of(runner: Any, output: Any) -> tuple[Sequence[str], torch.Tensor | None]:
+    """The engine ids of the step that the runner just ran, in the order of the batch's rows, and its token ids."""
     state = getattr(runner, "execute_model_state", None)
     batch = getattr(state, "input_batch", None)
     if batch is not None:
-        return batch, getattr(batch, "input_ids", None)
-    token_ids = getattr(getattr(runner, "input_ids", None), "gpu", None)
-    return runner.input_batch, token_ids
+        return batch.req_ids, getattr(batch, "input_ids", None)
+    if hasattr(runner, "input_batch"):
+        return runner.input_batch.req_ids, getattr(getattr(runner, "input_ids", None), "gpu", None)
+    # The second runner of a pooling model has pooled already, and forgotten the batch.
+    output = getattr(output, "model_runner_output", output)
+    return output.req_ids, getattr(getattr(runner, "input_buffers", None), "input_ids", None)

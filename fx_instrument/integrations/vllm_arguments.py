@@ -121,7 +121,12 @@ def engine_arguments(
         compilation = {"mode": 2, "backend": BACKEND, "custom_ops": ["none"], "cudagraph_mode": "NONE"}
     else:
         # A full CUDA graph would replay past the point where values are taken.
-        compilation = {"mode": 3, "cudagraph_mode": "PIECEWISE"}
+        # Only one rank captures: a fusion that its graph has no place for must happen on none.
+        compilation = {
+            "mode": 3,
+            "cudagraph_mode": "PIECEWISE",
+            "pass_config": {"fuse_allreduce_rms": False},
+        }
     return {
         "worker_cls": WORKER,
         "compilation_config": compilation,
