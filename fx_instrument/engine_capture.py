@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from .capture.session import Session
-from .capture.transfer import device_of
 from .capture_block import open_session
 from .config import InstrumentationConfig
 from .errors import BufferTooSmallError, InstrumentationError, NoSitesError
@@ -26,14 +25,13 @@ from .framework import InstrumentationFramework
 from .graph.attach import Attachment
 from .graph.backend import CaptureBackend
 from .graph.rewrite import insert_captures
-from .graph.sites import Site, choose_sites
-from .requests import NEW_INPUT, ROWS_INPUT, TOKENS_INPUT, encode_new, encode_rows
-from .row_plan import EVERYTHING, Group, RowPlanner
+from .graph.sites import choose_sites
+from .row_plan import EVERYTHING, RowPlanner
 from .serving.lane import Lane
 from .serving.off_file import OffFile
 from .serving.one_file import OneFile
 from .serving.rotation import FileLimits, RotatingFiles
-from .step_sink import StepSink, gather, pieces
+from .step_sink import StepSink, store_rows
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +74,6 @@ class EngineCapture(InstrumentationFramework):
         self.sink = StepSink()
         self.files: OneFile | RotatingFiles | None = None
         """Where rows go, once the model is attached."""
-        self.within = ""
-        """Name of the part of the model whose rows are tokens, which sites must lie in; "" for all of it."""
         self.refused_requests = 0
         self.paused = False
         """Whether nothing is stored for now; requests are followed all the same, so that it can go on at any step."""
@@ -101,25 +97,12 @@ class EngineCapture(InstrumentationFramework):
         stem, suffix = (path.stem, path.suffix) if self._limits is None else (path.name, "")
         self.path = path.with_name(f"{stem}.rank{rank}{suffix}")
 
-    def sites_of(self, model: torch.nn.Module) -> dict[str, str]:
-        """Name -> role of the sites that would be captured; empty where the model has none of them."""
+    def sites_of(self, model: torch.nn.Module, within: str = "") -> dict[str, str]:
+        """Name -> role of the sites that ``attach`` would capture; empty where the model has none of them."""
         try:
-            return {site.name: site.role for site in self._choose(model)}
+            return {site.name: site.role for site in choose_sites(model, self.config, within)}
         except NoSitesError:
             return {}
-
-    def _choose(self, model: torch.nn.Module) -> tuple[Site, ...]:
-        sites = choose_sites(model, self.config)
-        if not self.within:
-            return sites
-        inside = tuple(site for site in sites if f"{site.name}.".startswith(f"{self.within}."))
-        outside = [site.name for site in sites if site not in inside]
-        if outside and (not inside or self.config.hook_config.target_layers is not None):
-            raise NoSitesError(
-                f"{outside[0]} lies outside {self.within}, and what runs there has no rows of tokens: choose sites "
-                f"inside it, such as HookConfig(target_layers=['{self.within}.**.mlp'])"
-            )
-        return inside
 
     def attach(
         self,
@@ -127,12 +110,14 @@ class EngineCapture(InstrumentationFramework):
         rank: int,
         world: int,
         *,
+        within: str = "",
         first_number: int | None = None,
         elsewhere: Mapping[str, str] | None = None,
     ) -> None:
         """Plant the markers, and open the file, which is the ``rank``-th of ``world``'s.
 
         Args:
+            within: name of the part of the model whose rows are tokens; "" for all of it.
             first_number: of the requests', drawn once for workers that are told of the same requests and store
                 different sites of them; None draws one.
             elsewhere: ``sites_of`` the models of those workers.
@@ -141,7 +126,7 @@ class EngineCapture(InstrumentationFramework):
             NoSitesError: the model has none of the sites.
             OSError: the file can't be created, or the folder is not this process' own.
         """
-        attachment = self._attachment = Attachment(model, self._choose(model))
+        attachment = self._attachment = Attachment(model, choose_sites(model, self.config, within))
         attachment.marker.capturing = True
         attachment.marker.sink = self.sink
         roles = {site.name: site.role for site in attachment.sites}
@@ -267,7 +252,7 @@ class EngineCapture(InstrumentationFramework):
     def is_following(self) -> bool:
         """Whether to tell it of requests: it stores their rows, or may go on with it in their middle.
 
-        Not while the engine starts: what it computes then, as requests of its own making, nobody sent.
+        Not while the engine starts: it may warm up with requests of its own.
         """
         return self.files is not None and not self.files.closed and not self.sink.starting
 
@@ -345,38 +330,8 @@ class EngineCapture(InstrumentationFramework):
             wanted = [
                 (site, value) for site, value in values if group.sites is None or site.name in group.sites
             ]
-            self._store_group(lane.session, group, wanted, token_ids, total)
-
-    def _store_group(
-        self,
-        session: Session,
-        group: Group,
-        values: Sequence[tuple[Site, torch.Tensor]],
-        token_ids: torch.Tensor | None,
-        total: int,
-    ) -> None:
-        planner = self._planner
-        assert planner is not None
-        rows = torch.from_numpy(group.rows())
-        placed = rows.to(values[0][1].device, non_blocking=True)
-        inputs = {ROWS_INPUT: encode_rows(group.runs)}
-        if group.new_requests:
-            inputs[NEW_INPUT] = encode_new(group.new_requests)
-        if token_ids is not None:
-            inputs[TOKENS_INPUT] = gather(token_ids, rows, total)
-        before = session.dropped_inputs
-        session.begin_step(inputs)
-        try:
-            if session.dropped_inputs != before:
-                planner.announce_again(group)
-            for sites, sources in pieces(values, len(rows), self._piece_bytes):
-                num_bytes = sum(source[0].nbytes for source in sources) * len(rows)
-                device = device_of(sources)
-                ticket = session.reserve(sites, 0 if device is not None else num_bytes, device=device)
-                kept = () if ticket.dropped else [gather(source, placed, total) for source in sources]
-                session.deliver(ticket, sites, kept, None)
-        finally:
-            session.end_step()
+            if not store_rows(lane.session, group, wanted, token_ids, total, self._piece_bytes):
+                self._planner.announce_again(group)
 
     def give_up(self, error: Exception) -> None:
         """What the engine said of an armed call makes no sense: as a failure in ``store``."""

@@ -1,4 +1,4 @@
-"""Where the values of an engine's forward call wait until it is known whose rows they are, and how rows are taken."""
+"""Where the values of an engine's forward call wait until it is known whose rows they are, and how these are stored."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 
+from .capture.session import Session
+from .capture.transfer import device_of
 from .errors import InstrumentationError
 from .graph.sites import Site
+from .requests import NEW_INPUT, ROWS_INPUT, TOKENS_INPUT, encode_new, encode_rows
+from .row_plan import Group
 
 
 class StepSink:
@@ -91,3 +95,34 @@ def pieces(
         size += num_bytes
     if sites:
         yield sites, sources
+
+
+def store_rows(
+    session: Session,
+    group: Group,
+    values: Sequence[tuple[Site, torch.Tensor]],
+    token_ids: torch.Tensor | None,
+    total: int,
+    piece_bytes: int,
+) -> bool:
+    """Bring a group's rows of ``values``, of ``total`` tokens, to the file; whether it was told whose they are."""
+    rows = torch.from_numpy(group.rows())
+    placed = rows.to(values[0][1].device, non_blocking=True)
+    inputs = {ROWS_INPUT: encode_rows(group.runs)}
+    if group.new_requests:
+        inputs[NEW_INPUT] = encode_new(group.new_requests)
+    if token_ids is not None:
+        inputs[TOKENS_INPUT] = gather(token_ids, rows, total)
+    before = session.dropped_inputs
+    session.begin_step(inputs)
+    try:
+        told = session.dropped_inputs == before
+        for sites, sources in pieces(values, len(rows), piece_bytes):
+            num_bytes = sum(source[0].nbytes for source in sources) * len(rows)
+            device = device_of(sources)
+            ticket = session.reserve(sites, 0 if device is not None else num_bytes, device=device)
+            kept = () if ticket.dropped else [gather(source, placed, total) for source in sources]
+            session.deliver(ticket, sites, kept, None)
+    finally:
+        session.end_step()
+    return told

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from toy_engine import HIDDEN, SITES, Engine, Model
+from toy_engine import HIDDEN, SITES, Engine, Model, capture_into
 
 from fx_instrument import InstrumentationConfig, analyze_activations, engine_capture, open_stream
 from fx_instrument.capture.session import Session
-from fx_instrument.engine_capture import EngineCapture
 from fx_instrument.errors import BufferTooSmallError, InstrumentationError, MissingRecordError
 from fx_instrument.serving import one_file
 
@@ -196,15 +195,7 @@ def test_a_step_waits_no_longer_than_it_may(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_site_that_never_runs_is_an_error_at_start(tmp_path: Path) -> None:
     """A planned site that delivers nothing while the engine warms up is refused, by name."""
-    capture = EngineCapture(
-        InstrumentationConfig(),
-        tmp_path / "out.stream",
-        all_requests=True,
-        mode="w",
-        drop=False,
-        max_stall_s=None,
-        engine="test",
-    )
+    capture = capture_into(tmp_path / "out.stream")
     model = Model()
     capture.attach(model, 0, 1)
     model.layers[0](torch.zeros(2, HIDDEN))

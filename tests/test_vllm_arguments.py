@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from toy_engine import capture_into
 
 from fx_instrument import (
     HookConfig,
@@ -394,28 +395,27 @@ def test_the_language_model_of_a_multimodal_one(tmp_path: Path) -> None:
         def get_language_model(self) -> torch.nn.Module:
             raise NotImplementedError
 
-    assert vllm_checks.language_part(torch.nn.Linear(2, 2)) == vllm_checks.language_part(Unknown()) == ""
+    assert vllm_checks.language_part(torch.nn.Linear(2, 2), named=False) == ""
+    assert vllm_checks.language_part(Unknown(), named=True) == ""
+    with pytest.raises(InstrumentationError, match=r"part of Unknown is its language model.*target_layers"):
+        vllm_checks.language_part(Unknown(), named=False)
+    within = vllm_checks.language_part(Model(), named=False)
+    assert within == "language_model"
 
     def capture_of(*globs: str) -> EngineCapture:
-        config = InstrumentationConfig(hook_config=HookConfig(target_layers=list(globs) or None))
-        capture = EngineCapture(
-            config,
-            tmp_path / "a.stream",
-            all_requests=True,
-            mode="w",
-            drop=False,
-            max_stall_s=None,
-            engine="test",
-        )
-        capture.within = vllm_checks.language_part(Model())
-        return capture
+        hooks = HookConfig(target_layers=list(globs) or None)
+        return capture_into(tmp_path / "a.stream", InstrumentationConfig(hook_config=hooks))
 
-    assert set(capture_of().sites_of(Model())) == {"language_model.mlp"}
-    assert set(capture_of("language_model.*").sites_of(Model())) == {"language_model.mlp"}
+    assert set(capture_of().sites_of(Model(), within)) == {"language_model.mlp"}
+    assert set(capture_of("language_model.*").sites_of(Model(), within)) == {"language_model.mlp"}
     for globs in (["visual.mlp"], ["**.mlp"]):
         with pytest.raises(NoSitesError, match=r"visual.mlp lies outside language_model.*language_model\."):
-            capture_of(*globs).attach(Model(), 0, 1)
+            capture_of(*globs).attach(Model(), 0, 1, within=within)
     assert not list(tmp_path.iterdir())
+    capture = capture_of()
+    capture.attach(Model(), 0, 1, within=within)
+    capture.close()
+    assert [site.name for site in capture.sites] == ["language_model.mlp"]
 
 
 def test_outputs_that_are_not_whole_on_each_rank() -> None:

@@ -53,6 +53,14 @@ class Model(nn.Module):
         return x
 
 
+def capture_into(path: Path, config: InstrumentationConfig | None = None, **options: Any) -> EngineCapture:
+    """An engine's capture with the defaults of these tests."""
+    settings: dict[str, Any] = {"all_requests": True, "mode": "w", "drop": False, "max_stall_s": None}
+    return EngineCapture(
+        config or InstrumentationConfig(max_memory_gb=0.1), path, engine="test", **{**settings, **options}
+    )
+
+
 class Engine:
     """Batches chunks of requests into one flat, padded call, as inference engines do."""
 
@@ -67,10 +75,7 @@ class Engine:
         elsewhere: dict[str, str] | None = None,
         **options: Any,
     ) -> None:
-        settings: dict[str, Any] = {"all_requests": True, "mode": "w", "drop": False, "max_stall_s": None}
-        settings.update(options)
-        config = config or InstrumentationConfig(max_memory_gb=0.1)
-        self.capture = EngineCapture(config, path, engine="test", **settings)
+        self.capture = capture_into(path, config, **options)
         self.model = Model()
         self.graphs = 0
         if place[1] > 1:

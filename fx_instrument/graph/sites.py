@@ -27,12 +27,30 @@ class Site:
     role: Role
 
 
-def choose_sites(model: nn.Module, config: InstrumentationConfig) -> tuple[Site, ...]:
+def choose_sites(model: nn.Module, config: InstrumentationConfig, within: str = "") -> tuple[Site, ...]:
     """The sites that ``config`` stands for, in module order.
 
+    Args:
+        within: name of the module that they must lie in; "" for all of the model.
+
     Raises:
-        NoSitesError: nothing matches; the message shows what was looked for and near misses.
+        NoSitesError: nothing matches; the message shows what was looked for and near misses. Or a glob names what lies
+            elsewhere.
     """
+    sites = _all_sites(model, config)
+    if not within:
+        return sites
+    inside = tuple(site for site in sites if f"{site.name}.".startswith(f"{within}."))
+    if not inside or (config.hook_config.target_layers is not None and inside != sites):
+        elsewhere = next(site.name for site in sites if site not in inside)
+        raise NoSitesError(
+            f"{elsewhere} lies outside {within}: choose sites inside it, such as "
+            f"HookConfig(target_layers=['{within}.**.mlp'])"
+        )
+    return inside
+
+
+def _all_sites(model: nn.Module, config: InstrumentationConfig) -> tuple[Site, ...]:
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise ValueError(
             f"{type(model).__name__} has uninitialised lazy parameters: call it once before instrumenting"

@@ -166,14 +166,16 @@ class WorkerCapture:
         if world > 1:
             self.capture.take_rank(rank)
         model = self.model_runner.get_model()
-        self.capture.within = language_part(model)
-        sites = self.capture.sites_of(model)
+        within = language_part(model, named=self.capture.config.hook_config.target_layers is not None)
+        sites = self.capture.sites_of(model, within)
         if self.vllm_config.parallel_config.tensor_parallel_size > 1:
             check_whole(model, sites, self.vllm_config.parallel_config)
         stages = _of_all_stages((draw_number(), sites))
         elsewhere = {name: role for _, sites in stages for name, role in sites.items()}
         try:
-            self.capture.attach(model, rank, world, first_number=stages[0][0], elsewhere=elsewhere)
+            self.capture.attach(
+                model, rank, world, within=within, first_number=stages[0][0], elsewhere=elsewhere
+            )
         except NoSitesError:
             if self.vllm_config.parallel_config.pipeline_parallel_size == 1:
                 raise
@@ -347,4 +349,4 @@ def _batch_of(runner: Any, output: Any) -> tuple[Sequence[str], torch.Tensor | N
         return runner.input_batch.req_ids, getattr(getattr(runner, "input_ids", None), "gpu", None)
     # The second runner of a pooling model has pooled already, and forgotten the batch.
     output = getattr(output, "model_runner_output", output)
-    return output.req_ids, getattr(getattr(runner, "input_buffers", None), "input_ids", None)
+    return output.req_ids, runner.input_buffers.input_ids

@@ -19,7 +19,7 @@ def check_supported(vllm_config: Any, route: Route) -> None:
             "speculative decoding computes rows of tokens that are rejected later, so rows and positions would not "
             "match: switch one of the two off"
         )
-    if getattr(vllm_config, "num_speculative_tokens", 0):
+    if vllm_config.num_speculative_tokens:
         raise InstrumentationError(
             "diffusion computes each row several times, as its tokens change: not supported"
         )
@@ -74,16 +74,29 @@ def restore_piecewise(vllm_config: Any) -> None:
         compilation.set_splitting_ops_for_v1(parallel.all2all_backend, parallel.data_parallel_size)
 
 
-def language_part(model: torch.nn.Module) -> str:
-    """Name of the module whose rows are tokens: a multimodal model's language model, a decoder; "" for all of it."""
+def language_part(model: torch.nn.Module, *, named: bool) -> str:
+    """Name of the module whose rows are tokens: a multimodal model's language model, a decoder; "" for all of it.
+
+    Args:
+        named: whether the sites are named (``target_layers``): they are taken as they are where vLLM can't tell.
+
+    Raises:
+        InstrumentationError: vLLM can't tell which part it is.
+    """
     get = getattr(model, "get_language_model", None)
     if get is None:
         return ""
     try:
         part = get()
-    except NotImplementedError:
-        return ""
-    return next((name for name, module in model.named_modules() if module is part), "")
+    except NotImplementedError:  # what vLLM's own method raises for a model in which it does not find one
+        part = None
+    name = next((name for name, module in model.named_modules() if module is part), None)
+    if name is None and not named:
+        raise InstrumentationError(
+            f"vLLM does not say which part of {type(model).__name__} is its language model, and other parts have no "
+            f"rows of tokens: name sites inside it, HookConfig(target_layers=[...])"
+        )
+    return name or ""
 
 
 def check_whole(model: torch.nn.Module, names: Iterable[str], parallel_config: Any) -> None:
@@ -92,7 +105,7 @@ def check_whole(model: torch.nn.Module, names: Iterable[str], parallel_config: A
     Raises:
         InstrumentationError: some models add the ranks' parts up later, or split the rows.
     """
-    if getattr(parallel_config, "use_sequence_parallel_moe", False):
+    if parallel_config.use_sequence_parallel_moe:
         raise InstrumentationError(
             "tensor, data and expert parallelism together split the rows of experts over the ranks: not supported"
         )
