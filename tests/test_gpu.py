@@ -466,6 +466,13 @@ def test_an_exported_program(tmp_path: Path) -> None:
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
+def keep_busy() -> None:
+    """What runs next on either device begins late: whoever does not wait for it reads what was there before."""
+    for device in range(2):
+        with torch.cuda.device(device):
+            torch.cuda._sleep(10_000_000)  # type: ignore[no-untyped-call]
+
+
 @two_devices
 def test_a_model_on_the_second_device(tmp_path: Path) -> None:
     """Its copies don't go through the first one, which gets no memory of ours."""
@@ -478,6 +485,7 @@ def test_a_model_on_the_second_device(tmp_path: Path) -> None:
     allocated = torch.cuda.memory_allocated(0)
     with torch.no_grad(), framework.capture_activations(path):
         for value in inputs:
+            keep_busy()
             model(value)
     assert torch.cuda.memory_allocated(0) == allocated
     check_values(path, eager, inputs)
@@ -508,5 +516,34 @@ def test_a_model_split_over_two_devices(tmp_path: Path, mode: str, max_memory_gb
     path = tmp_path / "g.stream"
     with torch.no_grad(), framework.capture_activations(path):
         for value in inputs:
+            keep_busy()
             model(value)
     check_values(path, eager, inputs)
+
+
+@two_devices
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_model_that_accelerate_splits(tmp_path: Path, mode: str) -> None:
+    """``device_map``: its hooks end a graph at each layer, and move what the next one takes."""
+    accelerate: Any = pytest.importorskip("accelerate")
+    model = tiny_llama(100)
+    eager = copy.deepcopy(model).cuda()
+    parts = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.layers.0"], 0)
+    parts |= dict.fromkeys(["model.layers.1", "model.norm", "lm_head"], 1)
+    accelerate.dispatch_model(model, parts)
+    assert {parameter.device.index for parameter in model.parameters()} == {0, 1}
+    framework = InstrumentationFramework()
+    framework.instrument_model(model, mode=mode)
+    inputs = [tokens(2, 7, seed=seed) for seed in range(STEPS)]
+    path = tmp_path / "g.stream"
+    with torch.no_grad(), framework.capture_activations(path):
+        for ids in inputs:
+            keep_busy()
+            model(ids.cuda(), use_cache=False)
+    names = [site.name for site in framework.sites]
+    with torch.no_grad(), open_stream(path) as stream:
+        assert stream.num_steps == STEPS
+        for step, ids in enumerate(inputs):
+            seen = eager_values(eager, names, lambda m, ids=ids: m(ids.cuda(), use_cache=False))
+            for (name, _, call), value in seen.items():
+                torch.testing.assert_close(stream.read(name, step, call), value.cpu(), atol=1e-4, rtol=1e-4)
