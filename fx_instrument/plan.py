@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .capture.transfer import host_bytes
+from .capture.layout import host_bytes
 from .config import BYTES_PER_GB, HookGranularity, InstrumentationConfig
 from .graph.attach import is_ours
 from .graph.counting import integer_inputs, positional_names

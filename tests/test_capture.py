@@ -20,8 +20,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fx_instrument import BufferTooSmallError, CaptureFailedError, open_stream
 from fx_instrument.capture.budget import HostBudget
 from fx_instrument.capture.drain import RECORD_OVERHEAD_BYTES
+from fx_instrument.capture.layout import host_bytes
 from fx_instrument.capture.session import Session
-from fx_instrument.capture.transfer import host_bytes
 from fx_instrument.graph.sites import Site
 from fx_instrument.stream.records import RecordMeta
 from fx_instrument.stream.writer import StreamWriter
@@ -200,6 +200,20 @@ def test_inputs_that_find_no_room_are_counted() -> None:
     with pytest.raises(BufferTooSmallError, match="integer inputs"):
         opened.begin_step(inputs)
     opened.close()
+
+
+def test_inputs_make_room_for_the_values_of_their_step() -> None:
+    """They wait for these, so a run that needs the whole bound does not wait for them."""
+    ids = {"input_ids": torch.zeros(1, 3, dtype=torch.int64)}
+    writer = HeldWriter()
+    opened = session(writer, limit=2 * (100 + RECORD_OVERHEAD_BYTES))
+    for _ in range(3):
+        opened.begin_step(ids)
+        run_graph(opened, torch.ones(25), torch.ones(25))
+        opened.end_step()
+    opened.close()
+    assert opened.report.records == 6 and opened.report.dropped_inputs == 0
+    assert sorted(meta.step for meta, _ in writer.rows) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
 def test_a_full_buffer_stalls_and_loses_nothing() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from test_capture import A, B, HeldWriter
 
 from fx_instrument import BufferTooSmallError, open_stream
 from fx_instrument.capture.session import Session
+from fx_instrument.graph.sites import Site
 from fx_instrument.stream.records import RecordMeta
 from fx_instrument.stream.writer import StreamWriter
 
@@ -19,11 +22,13 @@ LIMIT = 8_000_000
 SHAPE = (3, 100_000)
 
 
-def session(writer: Any, device: Device, limit: int = LIMIT, drop: bool = False) -> Session:
+def session(
+    writer: Any, device: Device, limit: int = LIMIT, drop: bool = False, sites: Sequence[Site] = (A, B)
+) -> Session:
     return Session(
         writer,
         RecordMeta,
-        [A, B],
+        sites,
         max_memory_bytes=limit,
         drop=drop,
         sampling=None,
@@ -38,6 +43,23 @@ def content(step: int, site: int, shape: tuple[int, ...] = SHAPE) -> torch.Tenso
     return (torch.arange(numel) % 251 + step * 1000 + site * 7).to(torch.float32).view(shape)
 
 
+def deliver(
+    capture: Session,
+    device: Device,
+    memories: list[Memory],
+    contents: list[torch.Tensor],
+    *,
+    replays: bool = True,
+    sites: Sequence[Site] = (A, B),
+) -> None:
+    """What a graph leaves, as the graph's wrapper does it."""
+    ticket = capture.reserve(sites, 0, device=DEVICE, replays=replays)
+    for memory, value in zip(memories, contents, strict=True):
+        device.compute.append(lambda data=memory.data, value=value: data.copy_(value))
+    values: Any = [Value(device, memory, owns=not replays) for memory in memories]
+    capture.deliver(ticket, sites, values, None)
+
+
 def run_graph(
     capture: Session,
     device: Device,
@@ -48,11 +70,7 @@ def run_graph(
 ) -> None:
     """A step: the host asks, lets the device compute, and hands the outputs on, as the graph's wrapper does."""
     capture.begin_step({})
-    ticket = capture.reserve([A, B], 0, device=DEVICE, replays=replays)
-    for memory, value in zip(memories, contents, strict=True):
-        device.compute.append(lambda data=memory.data, value=value: data.copy_(value))
-    values: Any = [Value(device, memory, owns=not replays) for memory in memories]
-    capture.deliver(ticket, [A, B], values, None)
+    deliver(capture, device, memories, contents, replays=replays)
     capture.end_step()
 
 
@@ -149,3 +167,108 @@ def test_a_failure_lets_go_of_everything() -> None:
         )
     with pytest.raises(Exception, match="no room"):
         capture.close()
+
+
+IDS = torch.arange(6).view(2, 3)
+
+
+def ids_of(device: Device, step: int) -> Any:
+    memory = Memory(*IDS.shape, dtype=torch.int64)
+    device.compute.append(lambda: memory.data.copy_(IDS + 100 * step))
+    return Value(device, memory, owns=False)
+
+
+def test_inputs_go_with_the_first_values_of_their_step(tmp_path: Path) -> None:
+    """One copy to the host for both, and the caller may write its inputs again at once."""
+    path = tmp_path / "d.stream"
+    device = Device()
+    capture = session(StreamWriter(path, metadata={}, codec="zstd", memory_bytes=3_000_000), device)
+    shapes = (2, 3), (4,)
+    static = [Memory(*shape, dtype=torch.float32) for shape in shapes]
+    copies = 0
+    for step in range(9):
+        contents = [content(step, site, shapes[site]) for site in range(2)]
+        before = len(device.copies)
+        ids = ids_of(device, step)
+        capture.begin_step({"ids": ids, "mask": torch.tensor([step, 1])})
+        device.compute.append(lambda data=ids.memory.data: data.fill_(-1))
+        deliver(capture, device, static, contents)
+        capture.end_step()
+        copies += len(device.copies) - before == 3  # a wait, a copy, an event
+        device.run_until(lambda: not device.copies)
+    capture.close()
+    assert copies == 9 and capture.report.dropped_inputs == 0
+    with open_stream(path) as stream:
+        for step in range(9):
+            found = stream.inputs(step)
+            assert torch.equal(found["ids"], IDS + 100 * step)
+            assert found["mask"].tolist() == [step, 1]
+            for site, name in enumerate("ab"):
+                assert torch.equal(stream.read(name, step), content(step, site, shapes[site]))
+
+
+def test_inputs_that_no_value_takes_along(tmp_path: Path) -> None:
+    """Of a step without values, of one whose values another stream computed, of one whose end went unseen."""
+    path = tmp_path / "d.stream"
+    device = Device()
+    capture = session(StreamWriter(path, metadata={}, codec="zstd", memory_bytes=3_000_000), device)
+    static = [Memory(4, dtype=torch.float32) for _ in range(2)]
+    contents = [content(0, site, (4,)) for site in range(2)]
+    capture.begin_step({"ids": ids_of(device, 0)})
+    capture.end_step()
+    capture.begin_step({"ids": ids_of(device, 1)})
+    device.stream_of_this_thread = "another"
+    deliver(capture, device, static, contents)
+    device.stream_of_this_thread = "first"
+    capture.end_step()
+    capture.begin_step({"ids": ids_of(device, 2)})
+    capture.close()
+    assert capture.report.dropped_inputs == 0 and capture.report.records == 2
+    with open_stream(path) as stream:
+        for step in range(3):
+            assert torch.equal(stream.inputs(step)["ids"], IDS + 100 * step)
+
+
+def test_inputs_that_end_on_another_stream_are_counted(tmp_path: Path) -> None:
+    """Nobody knows there when their copies are done: none is better than a wrong one."""
+    path = tmp_path / "d.stream"
+    device = Device()
+    capture = session(StreamWriter(path, metadata={}, codec="zstd", memory_bytes=3_000_000), device)
+    capture.begin_step({"ids": ids_of(device, 0)})
+    device.stream_of_this_thread = "another"
+    capture.end_step()
+    capture.close()
+    assert capture.report.dropped_inputs == 1
+    with open_stream(path) as stream:
+        assert not stream.inputs(0)
+
+
+@pytest.mark.parametrize("num_values", [8, 200], ids=["a page's part", "more than a page"])
+def test_large_values_that_came_together_are_packed_as_they_lie(tmp_path: Path, num_values: int) -> None:
+    """Of 64 KB each: one piece for as many as a page holds."""
+    path = tmp_path / "d.stream"
+    device = Device()
+    writer = StreamWriter(path, metadata={}, codec="zstd", memory_bytes=16 << 20, page_bytes=1 << 20)
+    sites = [Site(f"s{number}", "mlp") for number in range(num_values)]
+    capture = session(writer, device, limit=200_000_000, sites=sites)
+    memories = [Memory(16384, dtype=torch.float32) for _ in sites]
+    pieces = 0
+    put_packed = writer.put_packed
+
+    def counted(*args: Any) -> None:
+        nonlocal pieces
+        pieces += 1
+        put_packed(*args)
+
+    with mock.patch.object(writer, "put_packed", counted):
+        for step in range(3):
+            capture.begin_step({})
+            contents = [content(step, number, (16384,)) for number in range(num_values)]
+            deliver(capture, device, memories, contents, sites=sites)
+            capture.end_step()
+        capture.close()
+    assert pieces == 3 * -(-num_values // 16)
+    with open_stream(path) as stream:
+        for step in range(3):
+            for number, site in enumerate(sites):
+                assert torch.equal(stream.read(site.name, step), content(step, number, (16384,)))

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fx_instrument.capture.handover import Delivery, Handover
+from fx_instrument.capture.layout import host_bytes
 from fx_instrument.capture.packing import Packer, join
-from fx_instrument.capture.transfer import host_bytes
 
 
 def delivery(step: int, num_bytes: int = 10) -> Delivery:

@@ -53,6 +53,32 @@ def write(path: Path, runs: list[tuple[list[Kind], bool]], codec: str, **options
     return done
 
 
+LARGE = [(site, 0, (5, 4000)) for site in range(4)]
+"""40 KB each."""
+
+
+@pytest.mark.parametrize("page_bytes", [1 << 20, 200_000], ids=["six packs a page", "one"])
+@pytest.mark.parametrize("max_relative_error", [None, 0.01])
+@pytest.mark.parametrize("codec", CODECS)
+def test_large_packs_are_records(
+    tmp_path: Path, codec: str, page_bytes: int, max_relative_error: float | None
+) -> None:
+    """Laid out by site without a copy of the page, and a page of one pack as it is."""
+    options = {"page_bytes": page_bytes, "max_relative_error": max_relative_error}
+    runs = [(LARGE, True)] * 7
+    done = write(tmp_path / "packed", runs, codec, **options)
+    write(tmp_path / "single", [(kinds, False) for kinds, _ in runs], codec, **options)
+    assert set(done.counts.values()) == {1}
+    with StreamReader(tmp_path / "packed") as packed, StreamReader(tmp_path / "single") as single:
+        found = contents(packed)
+        assert found == contents(single) and len(found) == 7 * len(LARGE)
+        if max_relative_error is None:
+            assert found == {
+                (f"s{kind[0]}", step, 0): values(kind, step) for step in range(7) for kind in LARGE
+            }
+        assert packed.verify() == []
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(KINDS, min_size=1, max_size=3), st.data(), st.sampled_from(CODECS))
 def test_packs_are_records(

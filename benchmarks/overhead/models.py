@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -55,9 +55,15 @@ def compile_alone(model: nn.Module, **options: Any) -> Callable[..., Any]:
     hooked copy would run the plain one's code. Instrumented models are compiled the same way.
     """
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        options["isolate_recompiles"] = True
-    compiled: Callable[..., Any] = torch.compile(model._call_impl, **options)
-    return compiled
+        compiled: Callable[..., Any] = torch.compile(model._call_impl, isolate_recompiles=True, **options)
+        return compiled
+    call = model._call_impl
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    own.__code__ = own.__code__.replace(co_name=f"call_{id(own)}")
+    return cast("Callable[..., Any]", torch.compile(own, **options))
 
 
 def call_through(model: nn.Module, call: Callable[..., Any]) -> None:

@@ -57,8 +57,11 @@ class CudaEngine:
         event: Event = copy_stream.record_event(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
         return event
 
+    def stream(self, device: torch.device) -> object:
+        return torch.cuda.current_stream(device)
+
     def keep(self, value: torch.Tensor) -> torch.Tensor:
-        return value.clone()
+        return value.detach().clone(memory_format=torch.contiguous_format)
 
     def gather(
         self,

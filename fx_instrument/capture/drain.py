@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 
 from .budget import HostBudget
-from .handover import Delivery, Handover
-from .packing import Packer, Plan, join
-from .pinned import Arrival, Room
-from .transfer import host_bytes
+from .handover import Delivery, Handover, Inputs
+from .layout import host_bytes
+from .packing import Packer, Part, Plan, join
+from .pinned import Arrival, Landing, Room
 
 # What a queued record holds beside its bytes: a tensor, its storage, a numpy view and the row (measured: ~1 KiB).
 RECORD_OVERHEAD_BYTES = 1024
@@ -88,7 +88,7 @@ class Drain:
         self._site_ids = dict(site_ids)
         self._input_ids: dict[str, int] = {}
         self._budget = budget
-        self._packer = Packer(writer.layout, packed_bytes)
+        self._packer = Packer(writer.layout, packed_bytes, writer.page_bytes)
         self._group: list[_Waiting] = []
         self._group_bytes = 0
         self._last_names: Sequence[str] = ()
@@ -139,72 +139,153 @@ class Drain:
         if self.failure is not None:
             self._throw_away(delivery)
             return
-        site_ids: Sequence[int]
-        if delivery.is_input:
-            site_ids = [self._input_id(name) for name in delivery.names]
-        else:
-            site_ids = self._ids_of(delivery.names)
-        landing = delivery.landing
-        if landing is None:
-            self._put(delivery, site_ids, delivery.values)
-            return
-        left = delivery.num_bytes
-        done = 0
+        if delivery.landing is not None:
+            self._put_landing(delivery, delivery.landing)
+        elif delivery.names:
+            self._put(delivery, self._ids_of(delivery.names), delivery.values)
+        inputs = delivery.inputs
+        if inputs is not None and inputs.values:
+            values, inputs.values = inputs.values, []
+            kinds = [value.dtype for value in values], [value.shape for value in values]
+            self._put_inputs(delivery.step, inputs, *kinds, map(host_bytes, values))
+
+    def _put_landing(self, delivery: Delivery, landing: Landing) -> None:
+        """Bring the records of a delivery to the writer as they come from a device, and its inputs after them."""
+        site_ids, inputs = self._ids_of(delivery.names), delivery.inputs
+        left, done = delivery.num_bytes, 0
+        dtypes: list[torch.dtype] = []
+        shapes: list[torch.Size] = []
+        copies: list[npt.NDArray[np.uint8]] = []
         for arrival in landing.arrivals(self._make_room):
-            count = len(arrival.layout.starts)
-            counted = count * RECORD_OVERHEAD_BYTES
-            if arrival.room is None:
-                counted += arrival.layout.num_bytes
-            left -= counted
-            done += count
-            self._put_arrival(delivery, site_ids, arrival, counted)
+            layout = arrival.layout
+            count = min(len(layout.starts), len(site_ids) - done)
+            if count < len(layout.starts):
+                further = slice(count, None)
+                dtypes += layout.dtypes[further]
+                shapes += layout.shapes[further]
+                copies += [data.copy() for data in arrival.data(further)]
+            if count:
+                counted = count * RECORD_OVERHEAD_BYTES
+                if arrival.room is None:
+                    counted += layout.num_bytes
+                left -= counted
+                done += count
+                self._put_arrival(delivery, site_ids, arrival, count, counted)
+            elif arrival.room is not None:
+                arrival.room()
         if left:
             self._budget.release(left)
+        # Fewer than there should be were shut in the middle: what would have made room has failed.
         if done < len(site_ids):
-            # Shut in the middle: what would have made room has failed.
-            self._dropped([] if delivery.is_input else delivery.names[done:])
+            self._dropped(delivery.names[done:])
+        if inputs is None or inputs.values:
+            return
+        if len(copies) == len(inputs.names):
+            self._put_inputs(delivery.step, inputs, dtypes, shapes, copies)
+        else:
+            self._budget.release(inputs.num_bytes)
 
     def _put(self, delivery: Delivery, site_ids: Sequence[int], values: list[torch.Tensor]) -> None:
         """Bring the records of a delivery that was on the host all along to the writer."""
         counted, calls, full_shapes = delivery.num_bytes, delivery.calls, delivery.full_shapes
-        if not delivery.is_input:
-            dtypes, shapes = [value.dtype for value in values], [value.shape for value in values]
-            plan = self._packer.plan(site_ids, calls, dtypes, shapes, full_shapes)
-            if plan is not None:
-                self._pack(_Waiting(delivery, plan, values, counted))
-                return
-            # Records of a site stay in the order of their steps.
-            self._store_group()
-            self.records += len(values)
-            self.raw_bytes += sum(value.nbytes for value in values)
-        self._put_each(delivery.step, site_ids, calls, full_shapes, values, counted, None)
+        dtypes, shapes = [value.dtype for value in values], [value.shape for value in values]
+        plan = self._packer.plan(site_ids, calls, dtypes, shapes, full_shapes)
+        if plan is not None:
+            self._pack(_Waiting(delivery, plan, values, counted))
+            return
+        # Records of a site stay in the order of their steps.
+        self._store_group()
+        self.records += len(values)
+        self.raw_bytes += sum(value.nbytes for value in values)
+        values.reverse()
+        for index, (dtype, shape) in enumerate(zip(dtypes, shapes, strict=True)):
+            # Not held here any longer: a value that is not contiguous is copied, and goes then.
+            value = values.pop()
+            share = RECORD_OVERHEAD_BYTES + value.nbytes
+            counted -= share
+            data, release = host_bytes(value), _Release(self._budget, share)
+            del value
+            full_shape = full_shapes[index] if full_shapes is not None else None
+            self._put_record(
+                delivery.step, site_ids[index], calls[index], dtype, shape, full_shape, data, release
+            )
+        if counted:
+            self._budget.release(counted)
 
     def _put_arrival(
-        self, delivery: Delivery, site_ids: Sequence[int], arrival: Arrival, counted: int
+        self, delivery: Delivery, site_ids: Sequence[int], arrival: Arrival, count: int, counted: int
     ) -> None:
         """Bring records that came from a device together to the writer, as they lie.
 
         Args:
             site_ids: of the whole delivery.
+            count: how many of the values are records; inputs follow.
             counted: bytes that the budget counts for them.
         """
-        layout, calls, full_shapes = arrival.layout, delivery.calls, delivery.full_shapes
-        if len(layout.starts) < len(site_ids):
-            mine = slice(layout.first, layout.first + len(layout.starts))
+        layout, calls, full_shapes, room = arrival.layout, delivery.calls, delivery.full_shapes, arrival.room
+        dtypes, shapes = layout.dtypes, layout.shapes
+        if count < len(layout.starts):
+            dtypes, shapes = dtypes[:count], shapes[:count]
+        if count < len(site_ids):
+            mine = slice(layout.first, layout.first + count)
             site_ids, calls, full_shapes = site_ids[mine], calls[mine], full_shapes and full_shapes[mine]
-        if not delivery.is_input:
-            # Records of a site stay in the order of their steps.
-            self._store_group()
-            self.records += len(layout.starts)
-            self.raw_bytes += arrival.num_value_bytes
-            if arrival.memory is not None:
-                plan = self._packer.plan(site_ids, calls, layout.dtypes, layout.shapes, full_shapes)
-                if plan is not None and plan.order is None:
-                    # Not copied together: that would be memory that nobody counts.
-                    release = _Release(self._budget, counted, arrival.room)
-                    self._writer.put_packed(plan.layout, delivery.step, host_bytes(arrival.memory), release)
-                    return
-        self._put_each(delivery.step, site_ids, calls, full_shapes, arrival.values(), counted, arrival.room)
+        # Records of a site stay in the order of their steps.
+        self._store_group()
+        self.records += count
+        self.raw_bytes += sum(layout.ends[:count]) - sum(layout.starts[:count])
+        parts: Sequence[Part] = ()
+        if arrival.memory is not None:
+            parts = self._packer.parts(site_ids, calls, dtypes, shapes, full_shapes)
+        if not parts:
+            if room is not None and count > 1:
+                room.split(count)
+            for index, data in enumerate(arrival.data(slice(count))):
+                release = _Release(self._budget, counted // count, room)
+                full_shape = full_shapes[index] if full_shapes is not None else None
+                kind = dtypes[index], shapes[index], full_shape
+                self._put_record(delivery.step, site_ids[index], calls[index], *kind, data, release)
+            return
+        assert arrival.memory is not None and room is not None
+        if len(parts) > 1:
+            room.split(len(parts))
+        for part in parts:
+            release = _Release(self._budget, part.num_values * RECORD_OVERHEAD_BYTES, room)
+            self._writer.put_packed(
+                part.layout, delivery.step, arrival.memory[part.begin : part.end], release
+            )
+
+    def _put_inputs(
+        self,
+        step: int,
+        inputs: Inputs,
+        dtypes: Sequence[torch.dtype],
+        shapes: Sequence[torch.Size],
+        values: Iterable[npt.NDArray[np.uint8]],
+    ) -> None:
+        for name, dtype, shape, data in zip(inputs.names, dtypes, shapes, values, strict=True):
+            release = _Release(self._budget, data.nbytes + RECORD_OVERHEAD_BYTES)
+            self._put_record(step, self._input_id(name), 0, dtype, shape, None, data, release)
+
+    def _put_record(
+        self,
+        step: int,
+        site_id: int,
+        call: int,
+        dtype: torch.dtype,
+        shape: torch.Size,
+        full_shape: tuple[int, ...] | None,
+        data: npt.NDArray[np.uint8],
+        release: _Release,
+    ) -> None:
+        record = self._make_record(
+            site_id=site_id,
+            step=step,
+            call=call,
+            dtype=str(dtype).removeprefix("torch."),
+            shape=tuple(shape),
+            full_shape=full_shape,
+        )
+        self._writer.put(record, data, release)
 
     def _pack(self, waiting: _Waiting) -> None:
         """Copy the values together with those of other graph runs."""
@@ -240,42 +321,13 @@ class Drain:
             self._writer.put_packed(waiting.plan.layout, waiting.delivery.step, data, release)
         self._budget.release(given_back)
 
-    def _put_each(
-        self,
-        step: int,
-        site_ids: Sequence[int],
-        calls: Sequence[int],
-        full_shapes: Sequence[tuple[int, ...]] | None,
-        values: list[torch.Tensor],
-        counted: int,
-        room: Room | None,
-    ) -> None:
-        if room is not None and len(values) > 1:
-            room.split(len(values))
-        values.reverse()
-        for index in range(len(values)):
-            # Not held here any longer: a value that is not contiguous is copied, and goes then.
-            value = values.pop()
-            share = RECORD_OVERHEAD_BYTES + (value.nbytes if room is None else 0)
-            counted -= share
-            record = self._make_record(
-                site_id=site_ids[index],
-                step=step,
-                call=calls[index],
-                dtype=str(value.dtype).removeprefix("torch."),
-                shape=tuple(value.shape),
-                full_shape=full_shapes[index] if full_shapes is not None else None,
-            )
-            self._writer.put(record, host_bytes(value), _Release(self._budget, share, room))
-        if counted:
-            self._budget.release(counted)
-
     def _throw_away(self, delivery: Delivery) -> None:
         if delivery.landing is not None:
             delivery.landing.abandon()
         delivery.values.clear()
-        self._budget.release(delivery.num_bytes)
-        self._dropped([] if delivery.is_input else delivery.names)
+        inputs = delivery.inputs
+        self._budget.release(delivery.num_bytes + (inputs.num_bytes if inputs is not None else 0))
+        self._dropped(delivery.names)
 
     def _make_room(self) -> None:
         # What fills the ring may lie in pages that are not full yet.

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,11 +14,26 @@ from .pinned import Landing
 
 _WAKE_BYTES = 1 << 20
 """So much waits at most for the drain thread's next tick: a quarter of the page that it goes into anyway."""
+_WAKE_DEVICE_BYTES = 4 << 20
+"""The same of what comes from a device, whose values have not arrived yet when they are handed over."""
+
+
+@dataclass(slots=True)
+class Inputs:
+    """A step's integer inputs; copies, as the caller may write them again."""
+
+    names: Sequence[str]
+    values: list[torch.Tensor]
+    """On the host; empty where a landing brings them."""
+    num_bytes: int
+    """Counted in for them: their bytes on the host, and their bookkeeping."""
+    place: Any = None
+    """The stream that they were copied on; None of inputs on the host."""
 
 
 @dataclass(slots=True)
 class Delivery:
-    """The values of one graph run, or the integer inputs of a step."""
+    """The values of one graph run, and a step's inputs with the first of its runs, or without any."""
 
     step: int
     names: Sequence[str]
@@ -27,7 +43,7 @@ class Delivery:
     full_shapes: Sequence[tuple[int, ...]] | None
     num_bytes: int
     """Counted in for them: their bytes where they are on the host, and their bookkeeping."""
-    is_input: bool = False
+    inputs: Inputs | None = None
     landing: Landing | None = None
 
 
@@ -50,10 +66,9 @@ class Handover:
         landing = delivery.landing
         # Not locked: where threads race, the drain thread comes one tick later.
         self._waiting_bytes += delivery.num_bytes + (landing.num_bytes if landing is not None else 0)
-        if landing is not None and not landing.is_started:
-            self._wake.set()
-        elif self._waiting_bytes >= _WAKE_BYTES and not delivery.is_input:
-            # After inputs the graph is still to be launched: the drain thread, once awake, would hold that up.
+        if self._waiting_bytes >= (_WAKE_BYTES if landing is None else _WAKE_DEVICE_BYTES) or (
+            landing is not None and not landing.is_started
+        ):
             self._wake.set()
 
     def seal(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from .ring import ALIGNMENT
@@ -87,6 +89,15 @@ def lay_out(values: Sequence[torch.Tensor], overwritten: bool, capacity_bytes: i
         begins.append(begin)
     num_bytes = sum(layout.num_bytes for layout in layouts)
     return RunLayout(layouts, gathers, num_bytes, max(sizes, default=0), starts, begins)
+
+
+def host_bytes(value: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """The bytes of a host tensor in row-major order, 1-D; a view that keeps the tensor's memory alive."""
+    flat = value.detach().resolve_conj().contiguous().view(-1)
+    if flat.numel() == 0:
+        return np.zeros(0, np.uint8)
+    array: npt.NDArray[np.uint8] = flat.view(torch.uint8).numpy()
+    return array
 
 
 def _aligned(num_bytes: int, alignment: int = ALIGNMENT) -> int:

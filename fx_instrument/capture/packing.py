@@ -1,4 +1,7 @@
-"""Small values of graph runs, copied together on the drain thread: one piece of memory instead of hundreds."""
+"""Values of graph runs that the writer takes as one piece of memory instead of hundreds.
+
+Small ones that lie apart are copied together, on the drain thread; what came from a device together lies so already.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .transfer import host_bytes
+from .layout import host_bytes
 
 _SMALL_BYTES = 32 << 10
 """Mean size of values up to which they are copied together; the writer takes larger ones where they lie."""
 _MAX_LAYOUTS = 256
-_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+_MAX_RECORDS = 4096
+"""Of a part; a page takes more."""
+_FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 Shape = tuple[tuple[int, ...], "tuple[int, ...] | None"]
 MakeLayout = Callable[[str, Iterable[tuple[int, int, Shape]]], Any]
@@ -32,13 +37,23 @@ class Plan(NamedTuple):
     dtype: torch.dtype
 
 
+class Part(NamedTuple):
+    """Some of the values that lie side by side, of one graph run."""
+
+    layout: Any
+    """The writer's."""
+    begin: int
+    end: int
+    """Their bytes, of all that lie there."""
+    num_values: int
+
+
 class _Asked(NamedTuple):
     site_ids: Sequence[int]
     calls: Sequence[int]
     dtypes: Sequence[torch.dtype]
     shapes: Sequence[torch.Size]
     full_shapes: Sequence[tuple[int, ...]] | None
-    plan: Plan | None
 
 
 class Packer:
@@ -47,13 +62,17 @@ class Packer:
     Args:
         make_layout: the writer's ``layout``.
         max_bytes: the most that a pack may have; 0 packs nothing.
+        page_bytes: the most that a part may have, of values that lie side by side.
     """
 
-    def __init__(self, make_layout: MakeLayout, max_bytes: int) -> None:
+    def __init__(self, make_layout: MakeLayout, max_bytes: int, page_bytes: int = 0) -> None:
         self._make_layout = make_layout
         self.max_bytes = max_bytes
+        self._page_bytes = page_bytes
         self._known: dict[Any, Plan] = {}
-        self._last: _Asked | None = None
+        self._last: tuple[_Asked, Plan | None] | None = None
+        self._known_parts: dict[Any, list[Part]] = {}
+        self._last_parts: tuple[_Asked, list[Part]] | None = None
 
     def plan(
         self,
@@ -68,19 +87,62 @@ class Packer:
         Steps of one graph differ in their values alone: cheap where all else is as it was last time, and ``site_ids``
         the same object.
         """
-        last = self._last
+        asked = _Asked(site_ids, calls, dtypes, shapes, full_shapes)
+        if self._last is None or not _same(self._last[0], asked):
+            self._last = asked, self._find(*asked)
+        return self._last[1]
+
+    def parts(
+        self,
+        site_ids: Sequence[int],
+        calls: Sequence[int],
+        dtypes: Sequence[torch.dtype],
+        shapes: Sequence[torch.Size],
+        full_shapes: Sequence[tuple[int, ...]] | None,
+    ) -> Sequence[Part]:
+        """How values that lie side by side go to the writer as they lie, as much at once as a page holds; none where
+        they are better taken one by one. As cheap as ``plan`` where all is as it was last time."""
+        asked = _Asked(site_ids, calls, dtypes, shapes, full_shapes)
+        if self._last_parts is None or not _same(self._last_parts[0], asked):
+            key = (
+                tuple(dtypes),
+                tuple(site_ids),
+                tuple(calls),
+                tuple(shapes),
+                full_shapes and tuple(full_shapes),
+            )
+            known = self._known_parts.get(key)
+            if known is None:
+                if len(self._known_parts) >= _MAX_LAYOUTS:
+                    self._known_parts.clear()
+                known = self._known_parts[key] = self._divide(asked)
+            self._last_parts = asked, known
+        return self._last_parts[1]
+
+    def _divide(self, asked: _Asked) -> list[Part]:
+        site_ids, calls, dtypes, shapes, full_shapes = asked
+        dtype = dtypes[0]
+        sizes = [shape.numel() * dtype.itemsize for shape in shapes]
         if (
-            last is not None
-            and last.site_ids is site_ids
-            and last.shapes == shapes
-            and last.dtypes == dtypes
-            and last.calls == calls
-            and last.full_shapes == full_shapes
+            len(shapes) < 2
+            or dtype not in _FLOATS
+            or any(other is not dtype for other in dtypes)
+            or not 0 < min(sizes) <= max(sizes) <= self._page_bytes
+            or not _ascends(site_ids, calls)
         ):
-            return last.plan
-        found = self._find(site_ids, calls, dtypes, shapes, full_shapes)
-        self._last = _Asked(site_ids, calls, dtypes, shapes, full_shapes, found)
-        return found
+            return []
+        parts: list[Part] = []
+        first = begin = end = 0
+        for index, size in enumerate([*sizes, self._page_bytes + 1]):
+            if end + size - begin > self._page_bytes or index - first == _MAX_RECORDS:
+                mine = slice(first, index)
+                layout, _ = self._layout(
+                    dtype, site_ids[mine], calls[mine], shapes[mine], full_shapes and full_shapes[mine]
+                )
+                parts.append(Part(layout, begin, end, index - first))
+                first, begin = index, end
+            end += size
+        return parts
 
     def _find(
         self,
@@ -90,7 +152,7 @@ class Packer:
         shapes: Sequence[torch.Size],
         full_shapes: Sequence[tuple[int, ...]] | None,
     ) -> Plan | None:
-        if len(shapes) < 2 or dtypes[0] not in _DTYPES or any(dtype is not dtypes[0] for dtype in dtypes):
+        if len(shapes) < 2 or dtypes[0] not in _FLOATS or any(dtype is not dtypes[0] for dtype in dtypes):
             return None
         dtype = dtypes[0]
         num_bytes = sum(shape.numel() for shape in shapes) * dtype.itemsize
@@ -124,6 +186,22 @@ class Packer:
         ]
         layout = self._make_layout(str(dtype).removeprefix("torch."), records)
         return layout, order if order != list(range(len(order))) else None
+
+
+def _ascends(site_ids: Sequence[int], calls: Sequence[int]) -> bool:
+    order = list(zip(site_ids, calls, strict=True))
+    return order == sorted(order)
+
+
+def _same(last: _Asked, asked: _Asked) -> bool:
+    """Steps of one graph have the same list of sites."""
+    return (
+        last.site_ids is asked.site_ids
+        and last.shapes == asked.shapes
+        and last.dtypes == asked.dtypes
+        and last.calls == asked.calls
+        and last.full_shapes == asked.full_shapes
+    )
 
 
 def join(packs: Sequence[tuple[Plan, Sequence[torch.Tensor]]]) -> list[npt.NDArray[np.uint8]]:

@@ -23,15 +23,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..errors import BufferTooSmallError
-from .layout import Layout, RunLayout, lay_out
+from .layout import Layout, RunLayout, host_bytes, lay_out
 from .ring import ALIGNMENT, Ring, Span
 
 _MAX_WAITING = 1
 """Graph runs with values that still wait for room when the next one begins: with it, device memory holds two."""
 _MAX_LAYOUTS = 256
+_NOTHING = np.zeros(0, np.uint8)
 
 Place: TypeAlias = "tuple[torch.device, int]"
 """Where values are gathered: a device, and the number of bits of their size."""
@@ -61,6 +64,9 @@ class CopyEngine(Protocol):
 
     def copy(self, host: torch.Tensor, value: torch.Tensor, after: Event) -> Event:
         """Copy ``value`` to ``host`` on the copy stream, once ``after`` is reached; answers when it is there."""
+
+    def stream(self, device: torch.device) -> object:
+        """The stream that runs the model on this thread; equal to what it answers of the same one."""
 
     def keep(self, value: torch.Tensor) -> torch.Tensor:
         """A copy on the device, made by the stream that runs the model on this thread."""
@@ -97,6 +103,8 @@ class PinnedTransfer:
         """Threads that run the model and wait for room."""
         self._engine = engine
         self._memory: torch.Tensor | None = None
+        self._bytes = _NOTHING
+        """The same memory."""
         self._waiting: deque[Landing] = deque()
         self._layouts: dict[Any, RunLayout] = {}
         self._gathered: dict[Place, Event] = {}
@@ -142,6 +150,20 @@ class PinnedTransfer:
     def _is_free(self) -> bool:
         return len(self._waiting) <= _MAX_WAITING
 
+    def stream(self, device: torch.device) -> object:
+        """The stream that runs the model on this thread."""
+        return self._engine.stream(device)
+
+    def keep(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Copies, each where its value is, which the caller may write again."""
+        self._engine.check()
+        return [
+            value.detach().clone(memory_format=torch.contiguous_format)
+            if value.device.type == "cpu"
+            else self._engine.keep(value)
+            for value in values
+        ]
+
     def start(self, values: Sequence[torch.Tensor], *, overwritten: bool = False) -> Landing:
         """Begin to copy ``values``, on the thread that ran their graph; ``order`` must be held.
 
@@ -159,6 +181,7 @@ class PinnedTransfer:
             )
         if self._memory is None:
             self._memory = self._engine.allocate(self.ring.capacity_bytes, next(iter(layout.starts)))
+            self._bytes = self._memory.numpy()
         landing = Landing(self, layout, values)
         with self._changed:
             try:
@@ -184,7 +207,12 @@ class PinnedTransfer:
 
     def _layout(self, values: Sequence[torch.Tensor], overwritten: bool) -> RunLayout:
         """Runs of one graph differ in their values alone, so it is made once for each."""
-        key = (overwritten, *((value.dtype, value.shape, value.device) for value in values))
+        key = (
+            overwritten,
+            *[value.shape for value in values],
+            *[value.dtype for value in values],
+            *[value.device for value in values],
+        )
         layout = self._layouts.get(key)
         if layout is None:
             if len(self._layouts) >= _MAX_LAYOUTS:
@@ -204,7 +232,7 @@ class PinnedTransfer:
         self.shut()
         if self._memory is not None:
             self._engine.free(self._memory)
-            self._memory = None
+            self._memory, self._bytes = None, _NOTHING
 
     # -- of landings, on the drain thread -------------------------------------------------------------------
 
@@ -229,6 +257,9 @@ class PinnedTransfer:
     def view(self, span: Span) -> torch.Tensor:
         assert self._memory is not None, "a span was taken before the memory was there"
         return self._memory[span.start : span.start + span.num_bytes]
+
+    def bytes_of(self, span: Span) -> npt.NDArray[np.uint8]:
+        return self._bytes[span.start : span.start + span.num_bytes]
 
     def _place(self, landing: Landing) -> list[_Piece]:
         """The next pieces, each with a place in the ring, as many as have one."""
@@ -293,20 +324,18 @@ class Arrival:
     """Values that are in host memory."""
 
     layout: Layout
-    memory: torch.Tensor | None
-    """Where they lie, uint8; None of a value that was on the host all along."""
+    memory: npt.NDArray[np.uint8] | None
+    """Where they lie; None of a value that was on the host all along."""
     room: Room | None
     """Gives their place back."""
     sources: list[torch.Tensor]
 
-    @property
-    def num_value_bytes(self) -> int:
-        """Without what lies between values of different dtypes."""
-        layout = self.layout
-        return sum(layout.ends) - sum(layout.starts)
-
-    def values(self) -> list[torch.Tensor]:
-        return self.sources if self.memory is None else self.layout.values(self.memory)
+    def data(self, which: slice) -> list[npt.NDArray[np.uint8]]:
+        """The bytes of some of them, where they lie. As views of torch's each would take several microseconds."""
+        if self.memory is None:
+            return [host_bytes(value) for value in self.sources[which]]
+        places = zip(self.layout.starts[which], self.layout.ends[which], strict=True)
+        return [self.memory[start:end] for start, end in places]
 
 
 class Landing:
@@ -355,7 +384,7 @@ class Landing:
                     continue
                 if piece.event is not None:
                     piece.event.synchronize()
-                memory, room = transfer.view(piece.span), Room(transfer.ring, piece.span)
+                memory, room = transfer.bytes_of(piece.span), Room(transfer.ring, piece.span)
                 # The copy is done: the device's memory may be used again.
                 piece.sources, piece.span, piece.event = [], None, None
                 yield Arrival(piece.layout, memory, room, [])

@@ -16,6 +16,7 @@ from .budget import HostBudget
 from .cuda import CudaEngine
 from .drain import RECORD_OVERHEAD_BYTES, Drain, Writer
 from .handover import Delivery
+from .inputs import HeldInputs
 from .pinned import CopyEngine, Landing
 from .progress import ProgressLine
 from .report import CaptureReport
@@ -90,6 +91,7 @@ class Session:
         )
         self._handover = self._drain.handover
         self._steps = Steps(writer.first_step)
+        self._inputs = HeldInputs(self._transfer)
         self._lock = threading.Lock()
         self._eager_records = 0
         self._dropped: dict[str, int] = {}
@@ -110,11 +112,13 @@ class Session:
     def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> Join:
         number, join = self._steps.begin()
         if inputs and not self._closed:
-            self._record_inputs(number, inputs)
+            self._keep_inputs(number, inputs)
         return join
 
     def end_step(self) -> None:
-        self._steps.finish()
+        number = self._steps.finish()
+        if number is not None and number in self._inputs:
+            self._hand_over_inputs(number)
 
     def reserve(
         self,
@@ -191,20 +195,28 @@ class Session:
             # The caller of this holds the values for a moment more.
             self.cancel(ticket)
             return
-        self._hand_over(ticket, Delivery(number, names, calls, list(values), full_shapes, ticket.num_bytes))
+        device = ticket.device
+        if device is None and values and values[0].device.type != "cpu":
+            device = device_of(values)
+        inputs = self._inputs.take(number, device)
+        delivery = Delivery(number, names, calls, list(values), full_shapes, ticket.num_bytes, inputs)
+        self._hand_over(delivery, device, overwritten=ticket.overwritten)
 
-    def _hand_over(self, ticket: Ticket, delivery: Delivery) -> None:
-        """Start the values of ``delivery`` on their way and tell the drain thread."""
+    def _hand_over(self, delivery: Delivery, device: torch.device | None, *, overwritten: bool) -> None:
+        """Start the values of ``delivery``, of which some are on ``device``, on their way and tell the drain thread."""
+        inputs, values = delivery.inputs, delivery.values
         try:
-            with self._transfer.in_order(ticket.device):
-                started = self._transfer.start(delivery.values, overwritten=ticket.overwritten)
+            if inputs is not None and inputs.place is not None:
+                values, inputs.values = [*values, *inputs.values], []
+            with self._transfer.in_order(device):
+                started = self._transfer.start(values, device=device, overwritten=overwritten)
                 if isinstance(started, Landing):
                     delivery.landing, delivery.values = started, []
                 else:
                     delivery.values = started
                 self._handover.put(delivery)
         except BaseException:
-            self.cancel(ticket)
+            self._budget.release(delivery.num_bytes + (inputs.num_bytes if inputs is not None else 0))
             raise
 
     def _copied(self, ticket: Ticket, copy: Callable[[], _T]) -> _T:
@@ -242,45 +254,43 @@ class Session:
     def _acquire(self, num_bytes: int, leave_bytes: int = 0) -> bool:
         if self._budget.acquire(num_bytes, wait=False, leave_bytes=leave_bytes):
             return True
+        current = self._steps.current
+        if current is not None and current in self._inputs:
+            # What this thread holds back would have it wait for itself.
+            self._hand_over_inputs(current)
         self._handover.seal()
         if self._drop:
             return False
         timeout_s = self._patience() if self._patience is not None else None
         return self._budget.acquire(num_bytes, wait=True, timeout_s=timeout_s)
 
-    def _record_inputs(self, number: int, inputs: Mapping[str, torch.Tensor]) -> None:
-        device = device_of(list(inputs.values()))
-        total = sum(
-            (value.nbytes if value.device != device else 0) + RECORD_OVERHEAD_BYTES
-            for value in inputs.values()
-        )
+    def _keep_inputs(self, number: int, inputs: Mapping[str, torch.Tensor]) -> None:
+        total = sum(value.nbytes + RECORD_OVERHEAD_BYTES for value in inputs.values())
         if total > self._budget.limit_bytes and not self._drop and self._patience is None:
             raise BufferTooSmallError(
                 f"the integer inputs of a step take {total} bytes with their bookkeeping, but "
                 f"max_memory_gb={self._max_memory_bytes / 1e9:g} leaves the buffer {self._budget.limit_bytes} bytes"
             )
-        if device is not None:
-            ticket = self._reserve_on(device, 0, total, overwritten=True)
-        else:
-            granted = self._acquire(total, leave_bytes=self._largest_run_bytes)
-            ticket = Ticket(total if granted else 0, dropped=not granted)
-        if ticket.dropped:
+        if not self._acquire(total, leave_bytes=self._largest_run_bytes):
             with self._lock:
                 self._dropped_inputs += 1
             return
-        # The caller may change its inputs while the copies are on their way; what a device has is gathered there.
-        values = self._copied(
-            ticket,
-            lambda: [
-                value.detach()
-                if ticket.device is not None and value.device.type == ticket.device.type
-                else value.detach().clone(memory_format=torch.contiguous_format)
-                for value in inputs.values()
-            ],
-        )
-        self._hand_over(
-            ticket, Delivery(number, list(inputs), [0] * len(inputs), values, None, total, is_input=True)
-        )
+        try:
+            self._inputs.keep(number, inputs, total)
+        except BaseException:
+            self._budget.release(total)
+            raise
+
+    def _hand_over_inputs(self, number: int) -> None:
+        """Those of a step whose values don't take them along."""
+        inputs, device = self._inputs.take_alone(number)
+        if inputs is not None:
+            self._hand_over(Delivery(number, (), (), [], None, 0, inputs), device, overwritten=False)
+        elif lost := self._inputs.forget(number):
+            # This thread runs on another stream than the one that copied them.
+            self._budget.release(lost)
+            with self._lock:
+                self._dropped_inputs += 1
 
     def _count_dropped(self, names: Sequence[str]) -> None:
         with self._lock:
@@ -344,7 +354,12 @@ class Session:
         if self._ended:
             return
         self._closed = True
-        self._drain.end()
+        try:
+            for number in self._inputs.steps():
+                # Of steps whose end went unseen.
+                self._hand_over_inputs(number)
+        finally:
+            self._drain.end()
         self._writer.finish()
         self._stored_after = time.perf_counter() - self._started
         self._ended = True

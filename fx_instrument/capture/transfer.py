@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from .pinned import CopyEngine, Landing, PinnedTransfer
@@ -49,12 +47,23 @@ class Transfer:
         """Held around ``start`` and the hand-over of what it answers."""
         return nullcontext() if device is None else self._through_pinned().order
 
+    def place(self, device: torch.device | None) -> Any:
+        """The stream that runs the model on this thread; None on the host."""
+        return None if device is None else self._through_pinned().stream(device)
+
+    def keep(self, values: Sequence[torch.Tensor], device: torch.device | None) -> list[torch.Tensor]:
+        """Copies of ``values``, of which some are on ``device``, each where it is."""
+        if device is not None:
+            return self._through_pinned().keep(values)
+        return [value.detach().clone(memory_format=torch.contiguous_format) for value in values]
+
     def start(
-        self, values: Sequence[torch.Tensor], *, overwritten: bool = False
+        self, values: Sequence[torch.Tensor], *, device: torch.device | None, overwritten: bool = False
     ) -> Landing | list[torch.Tensor]:
         """Begin moving ``values``; called on the thread that ran the graph, right after it.
 
         Args:
+            device: where some of them are, if they come through pinned memory.
             overwritten: as for ``PinnedTransfer.start``, of values on a device.
 
         Returns:
@@ -63,12 +72,9 @@ class Transfer:
         Raises:
             BufferTooSmallError: as ``PinnedTransfer.start``.
         """
-        kinds = {value.device.type for value in values}
-        if kinds <= {"cpu"}:
-            return list(values)
-        if "cuda" not in kinds:
-            return [value.cpu() for value in values]
-        return self._through_pinned().start(values, overwritten=overwritten)
+        if device is not None:
+            return self._through_pinned().start(values, overwritten=overwritten)
+        return [value if value.device.type == "cpu" else value.cpu() for value in values]
 
     def shut(self) -> None:
         """Let nothing wait any more: what would make room has failed."""
@@ -97,12 +103,3 @@ class Transfer:
 def device_of(values: Sequence[torch.Tensor]) -> torch.device | None:
     """Where a graph's values come from through pinned memory; None where they don't."""
     return next((value.device for value in values if value.device.type == "cuda"), None)
-
-
-def host_bytes(value: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """The bytes of a host tensor in row-major order, 1-D; a view that keeps the tensor's memory alive."""
-    flat = value.detach().resolve_conj().contiguous().view(-1)
-    if flat.numel() == 0:
-        return np.zeros(0, np.uint8)
-    array: npt.NDArray[np.uint8] = flat.view(torch.uint8).numpy()
-    return array

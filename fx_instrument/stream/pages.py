@@ -20,6 +20,10 @@ Row: TypeAlias = "tuple[RecordMeta, U8, Callable[[], None] | None, int]"
 record these bytes begin."""
 
 
+_STACKED_BYTES = 32 << 10
+"""Records of packs up to this size are copied by site; a look at each larger one costs less than that."""
+
+
 class Countdown:
     """Calls ``done`` when it was called ``count`` times itself: once all parts of a record are stored."""
 
@@ -199,7 +203,15 @@ def _arrange_rows(records: Sequence[Row]) -> Arranged:
 def _arrange_packs(packs: Sequence[Pack], scratch: Callable[[], U8] | None) -> Arranged:
     """As of rows, without touching a record: decode steps have hundreds of them a page."""
     layout = packs[0].layout
-    if scratch is not None and layout.even_bytes and all(pack.layout is layout for pack in packs):
+    if scratch is not None and len(packs) == 1:
+        rows = layout.rows.copy()
+        rows["step"] = packs[0].step
+        return Arranged([packs[0].data], rows, layout.sizes, layout.shapes)
+    if (
+        scratch is not None
+        and 0 < layout.even_bytes <= _STACKED_BYTES
+        and all(pack.layout is layout for pack in packs)
+    ):
         return _stack(packs, scratch())
     shapes: dict[Shape, int] = {}
     parts, buffers = [], []

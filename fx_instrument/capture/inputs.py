@@ -1,0 +1,56 @@
+"""Copies of steps' integer inputs, until the first values of their step take them along."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from .handover import Inputs
+from .transfer import Transfer, device_of
+
+
+class HeldInputs:
+    """Of each step that has delivered nothing yet: inputs and values in one hand-over cost the model's thread less."""
+
+    def __init__(self, transfer: Transfer) -> None:
+        self._transfer = transfer
+        self._held: dict[int, Inputs] = {}
+
+    def __contains__(self, step: int) -> bool:
+        return step in self._held
+
+    def steps(self) -> list[int]:
+        return list(self._held)
+
+    def keep(self, step: int, inputs: Mapping[str, torch.Tensor], num_bytes: int) -> None:
+        """Copy them where they are: the caller may change them as soon as its call has returned.
+
+        Args:
+            num_bytes: counted in for them.
+        """
+        values = list(inputs.values())
+        device = device_of(values)
+        kept = self._transfer.keep(values, device)
+        self._held[step] = Inputs(list(inputs), kept, num_bytes, self._transfer.place(device))
+
+    def take(self, step: int, device: torch.device | None) -> Inputs | None:
+        """Those of a step, if they can go with values of ``device``: what another stream copied may not be there."""
+        inputs = self._held.get(step)
+        if inputs is None or (
+            inputs.place is not None and (device is None or self._transfer.place(device) != inputs.place)
+        ):
+            return None
+        # Another thread of the step may have been faster.
+        return self._held.pop(step, None)
+
+    def take_alone(self, step: int) -> tuple[Inputs | None, torch.device | None]:
+        """Those of a step that has no values for them to go with, and where they are; None as of ``take``."""
+        held = self._held.get(step)
+        device = device_of(held.values) if held is not None else None
+        return self.take(step, device), device
+
+    def forget(self, step: int) -> int:
+        """Let go of a step's; how many bytes were counted for them."""
+        inputs = self._held.pop(step, None)
+        return inputs.num_bytes if inputs is not None else 0
