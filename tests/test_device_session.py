@@ -229,6 +229,29 @@ def test_inputs_that_no_value_takes_along(tmp_path: Path) -> None:
             assert torch.equal(stream.inputs(step)["ids"], IDS + 100 * step)
 
 
+def test_inputs_of_a_long_prompt_stay_in_the_ring(tmp_path: Path) -> None:
+    """Half as large as the bound: they are counted with the pinned memory, not a second time beside it."""
+    path = tmp_path / "d.stream"
+    device = Device()
+    capture = session(StreamWriter(path, metadata={}, codec="none", memory_bytes=1), device, limit=4_000_000)
+    static = [Memory(4, dtype=torch.float32) for _ in range(2)]
+    for step in range(5):
+        memory = Memory(125_000, dtype=torch.int64)
+        memory.data.fill_(step)
+        ids: Any = Value(device, memory, owns=False)
+        capture.begin_step({"ids": ids})
+        deliver(capture, device, static, [content(step, site, (4,)) for site in range(2)])
+        capture.end_step()
+    capture.close()
+    report = capture.report
+    assert report.records == 10 and report.dropped_inputs == 0 and report.peak_buffer_bytes <= 4_000_000
+    with open_stream(path) as stream:
+        for step in range(5):
+            assert stream.inputs(step)["ids"].tolist() == [step] * 125_000
+            for site, name in enumerate("ab"):
+                assert torch.equal(stream.read(name, step), content(step, site, (4,)))
+
+
 def test_inputs_that_end_on_another_stream_are_counted(tmp_path: Path) -> None:
     """Nobody knows there when their copies are done: none is better than a wrong one."""
     path = tmp_path / "d.stream"

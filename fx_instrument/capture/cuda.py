@@ -26,6 +26,8 @@ class CudaEngine:
 
     def __init__(self) -> None:
         self._copy_streams: dict[torch.device, Any] = {}
+        self._streams: dict[tuple[int, int], Any] = {}
+        """By device and address: torch makes an object of a stream anew whenever it is asked."""
         self._gathered: dict[Place, _Gathered] = {}
         self._lock = threading.Lock()
 
@@ -45,20 +47,33 @@ class CudaEngine:
             )
 
     def mark(self, device: torch.device) -> Event:
-        event: Event = torch.cuda.current_stream(device).record_event()
+        event: Event = self.stream(device).record_event()
         return event
 
     def copy(self, host: torch.Tensor, value: torch.Tensor, after: Event) -> Event:
-        copy_stream = self._copy_stream(value.device)
+        device = value.device
+        copy_stream = self._copy_stream(device)
         copy_stream.wait_event(after)
-        with torch.cuda.stream(copy_stream):
-            host.copy_(value, non_blocking=True)
+        if device.index == torch.cuda.current_device():
+            before = self.stream(device)
+            torch.cuda.set_stream(copy_stream)
+            try:
+                host.copy_(value, non_blocking=True)
+            finally:
+                torch.cuda.set_stream(before)
+        else:
+            with torch.cuda.stream(copy_stream):
+                host.copy_(value, non_blocking=True)
         # Whoever waits for it sleeps: by default it would keep a core busy.
         event: Event = copy_stream.record_event(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
         return event
 
-    def stream(self, device: torch.device) -> object:
-        return torch.cuda.current_stream(device)
+    def stream(self, device: torch.device) -> Any:
+        key = device.index, torch._C._cuda_getCurrentRawStream(device.index)
+        stream = self._streams.get(key)
+        if stream is None:
+            stream = self._streams[key] = torch.cuda.current_stream(device)
+        return stream
 
     def keep(self, value: torch.Tensor) -> torch.Tensor:
         return value.detach().clone(memory_format=torch.contiguous_format)
@@ -73,7 +88,7 @@ class CudaEngine:
     ) -> torch.Tensor:
         device, _ = place
         if after is not None:
-            torch.cuda.current_stream(device).wait_event(after)  # type: ignore[arg-type]
+            self.stream(device).wait_event(after)
         # Whatever mode the model runs in: what was made in inference mode may only be written in it.
         with torch.inference_mode():
             gathered = self._gathered.get(place)

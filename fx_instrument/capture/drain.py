@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from .budget import HostBudget
-from .handover import Delivery, Handover, Inputs
+from .handover import Delivery, Handover
 from .layout import host_bytes
 from .packing import Packer, Part, Plan, join
 from .pinned import Arrival, Landing, Room
@@ -22,6 +22,8 @@ from .pinned import Arrival, Landing, Room
 RECORD_OVERHEAD_BYTES = 1024
 SEAL_AFTER_S = 0.5
 _TICK_S = SEAL_AFTER_S / 4
+_COPIED_BYTES = RECORD_OVERHEAD_BYTES // 2
+"""An input of a device that is no larger than this is copied once it is on the host."""
 _GROUP_BYTES = 1 << 20
 """The most that graph runs of small values, copied together, may have; a quarter of what packs may take at most."""
 
@@ -146,44 +148,51 @@ class Drain:
         inputs = delivery.inputs
         if inputs is not None and inputs.values:
             values, inputs.values = inputs.values, []
-            kinds = [value.dtype for value in values], [value.shape for value in values]
-            self._put_inputs(delivery.step, inputs, *kinds, map(host_bytes, values))
+            for name, value in zip(inputs.names, values, strict=True):
+                release = _Release(self._budget, RECORD_OVERHEAD_BYTES + value.nbytes)
+                self._put_input(delivery.step, name, value.dtype, value.shape, host_bytes(value), release)
 
     def _put_landing(self, delivery: Delivery, landing: Landing) -> None:
         """Bring the records of a delivery to the writer as they come from a device, and its inputs after them."""
         site_ids, inputs = self._ids_of(delivery.names), delivery.inputs
+        names = inputs.names if inputs is not None and not inputs.values else ()
         left, done = delivery.num_bytes, 0
-        dtypes: list[torch.dtype] = []
-        shapes: list[torch.Size] = []
-        copies: list[npt.NDArray[np.uint8]] = []
+        if names:
+            assert inputs is not None
+            left += inputs.num_bytes
         for arrival in landing.arrivals(self._make_room):
-            layout = arrival.layout
-            count = min(len(layout.starts), len(site_ids) - done)
-            if count < len(layout.starts):
-                further = slice(count, None)
-                dtypes += layout.dtypes[further]
-                shapes += layout.shapes[further]
-                copies += [data.copy() for data in arrival.data(further)]
+            layout, room = arrival.layout, arrival.room
+            count = max(0, min(len(layout.starts), len(site_ids) - done))
+            further = arrival.data(slice(count, None))
+            # A step's few tokens are copied, as part of their bookkeeping: they would hold the ring's room for long.
+            rooms = [None if len(data) <= _COPIED_BYTES else room for data in further]
+            further = [data.copy() if len(data) <= _COPIED_BYTES else data for data in further]
+            in_room = sum(held is not None for held in rooms)
             if count:
                 counted = count * RECORD_OVERHEAD_BYTES
-                if arrival.room is None:
+                if room is None:
                     counted += layout.num_bytes
                 left -= counted
-                done += count
-                self._put_arrival(delivery, site_ids, arrival, count, counted)
-            elif arrival.room is not None:
-                arrival.room()
+                self._put_arrival(delivery, site_ids, arrival, count, counted, in_room)
+            elif room is not None:
+                if in_room:
+                    room.split(in_room)
+                else:
+                    room()
+            for index, (data, held) in enumerate(zip(further, rooms, strict=True), count):
+                share = RECORD_OVERHEAD_BYTES + (len(data) if room is None else 0)
+                left -= share
+                name = names[done + index - len(site_ids)]
+                release = _Release(self._budget, share, held)
+                self._put_input(
+                    delivery.step, name, layout.dtypes[index], layout.shapes[index], data, release
+                )
+            done += len(layout.starts)
         if left:
             self._budget.release(left)
-        # Fewer than there should be were shut in the middle: what would have made room has failed.
         if done < len(site_ids):
+            # Shut in the middle: what would have made room has failed.
             self._dropped(delivery.names[done:])
-        if inputs is None or inputs.values:
-            return
-        if len(copies) == len(inputs.names):
-            self._put_inputs(delivery.step, inputs, dtypes, shapes, copies)
-        else:
-            self._budget.release(inputs.num_bytes)
 
     def _put(self, delivery: Delivery, site_ids: Sequence[int], values: list[torch.Tensor]) -> None:
         """Bring the records of a delivery that was on the host all along to the writer."""
@@ -213,7 +222,13 @@ class Drain:
             self._budget.release(counted)
 
     def _put_arrival(
-        self, delivery: Delivery, site_ids: Sequence[int], arrival: Arrival, count: int, counted: int
+        self,
+        delivery: Delivery,
+        site_ids: Sequence[int],
+        arrival: Arrival,
+        count: int,
+        counted: int,
+        further: int,
     ) -> None:
         """Bring records that came from a device together to the writer, as they lie.
 
@@ -221,6 +236,7 @@ class Drain:
             site_ids: of the whole delivery.
             count: how many of the values are records; inputs follow.
             counted: bytes that the budget counts for them.
+            further: how many others hold the arrival's room, too.
         """
         layout, calls, full_shapes, room = arrival.layout, delivery.calls, delivery.full_shapes, arrival.room
         dtypes, shapes = layout.dtypes, layout.shapes
@@ -237,8 +253,8 @@ class Drain:
         if arrival.memory is not None:
             parts = self._packer.parts(site_ids, calls, dtypes, shapes, full_shapes)
         if not parts:
-            if room is not None and count > 1:
-                room.split(count)
+            if room is not None:
+                room.split(count + further)
             for index, data in enumerate(arrival.data(slice(count))):
                 release = _Release(self._budget, counted // count, room)
                 full_shape = full_shapes[index] if full_shapes is not None else None
@@ -246,25 +262,23 @@ class Drain:
                 self._put_record(delivery.step, site_ids[index], calls[index], *kind, data, release)
             return
         assert arrival.memory is not None and room is not None
-        if len(parts) > 1:
-            room.split(len(parts))
+        room.split(len(parts) + further)
         for part in parts:
             release = _Release(self._budget, part.num_values * RECORD_OVERHEAD_BYTES, room)
             self._writer.put_packed(
                 part.layout, delivery.step, arrival.memory[part.begin : part.end], release
             )
 
-    def _put_inputs(
+    def _put_input(
         self,
         step: int,
-        inputs: Inputs,
-        dtypes: Sequence[torch.dtype],
-        shapes: Sequence[torch.Size],
-        values: Iterable[npt.NDArray[np.uint8]],
+        name: str,
+        dtype: torch.dtype,
+        shape: torch.Size,
+        data: npt.NDArray[np.uint8],
+        release: _Release,
     ) -> None:
-        for name, dtype, shape, data in zip(inputs.names, dtypes, shapes, values, strict=True):
-            release = _Release(self._budget, data.nbytes + RECORD_OVERHEAD_BYTES)
-            self._put_record(step, self._input_id(name), 0, dtype, shape, None, data, release)
+        self._put_record(step, self._input_id(name), 0, dtype, shape, None, data, release)
 
     def _put_record(
         self,

@@ -26,7 +26,7 @@ class Inputs:
     values: list[torch.Tensor]
     """On the host; empty where a landing brings them."""
     num_bytes: int
-    """Counted in for them: their bytes on the host, and their bookkeeping."""
+    """Counted in for them: their bytes where they are on the host, and their bookkeeping."""
     place: Any = None
     """The stream that they were copied on; None of inputs on the host."""
 

@@ -23,15 +23,16 @@ class HeldInputs:
     def steps(self) -> list[int]:
         return list(self._held)
 
-    def keep(self, step: int, inputs: Mapping[str, torch.Tensor], num_bytes: int) -> None:
+    def keep(
+        self, step: int, inputs: Mapping[str, torch.Tensor], num_bytes: int, device: torch.device | None
+    ) -> None:
         """Copy them where they are: the caller may change them as soon as its call has returned.
 
         Args:
             num_bytes: counted in for them.
+            device: where some are, if they come through pinned memory.
         """
-        values = list(inputs.values())
-        device = device_of(values)
-        kept = self._transfer.keep(values, device)
+        kept = self._transfer.keep(list(inputs.values()), device)
         self._held[step] = Inputs(list(inputs), kept, num_bytes, self._transfer.place(device))
 
     def take(self, step: int, device: torch.device | None) -> Inputs | None:

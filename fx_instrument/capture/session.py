@@ -265,7 +265,13 @@ class Session:
         return self._budget.acquire(num_bytes, wait=True, timeout_s=timeout_s)
 
     def _keep_inputs(self, number: int, inputs: Mapping[str, torch.Tensor]) -> None:
-        total = sum(value.nbytes + RECORD_OVERHEAD_BYTES for value in inputs.values())
+        device = device_of(list(inputs.values()))
+        # What a device has is counted with the ring, which must be before anything is held back.
+        self._transfer.place(device)
+        total = sum(
+            (value.nbytes if value.device.type != "cuda" else 0) + RECORD_OVERHEAD_BYTES
+            for value in inputs.values()
+        )
         if total > self._budget.limit_bytes and not self._drop and self._patience is None:
             raise BufferTooSmallError(
                 f"the integer inputs of a step take {total} bytes with their bookkeeping, but "
@@ -276,7 +282,7 @@ class Session:
                 self._dropped_inputs += 1
             return
         try:
-            self._inputs.keep(number, inputs, total)
+            self._inputs.keep(number, inputs, total, device)
         except BaseException:
             self._budget.release(total)
             raise
