@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import torch
 
-from fx_instrument.capture.pinned import Place
+from fx_instrument.capture.engine import Place
 
 DEVICE = torch.device("cuda:0")
 SECOND = torch.device("cuda:1")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from benchmarks import handover
 from benchmarks.gpu import measure
 from benchmarks.gpu.cli import main
 from benchmarks.gpu.model import llama
@@ -54,3 +55,13 @@ def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
     decode = run["workloads"]["decode 2x8"]["free"]
     assert decode["compiled"]["ratio"] == 1.0
     assert {row["records"] for row in decode.values() if "records" in row} == {2 * 3}
+
+
+def test_the_hand_over_is_timed_without_a_device(tmp_path: Path) -> None:
+    """Every model has figures of both threads, and they are CPU time: a step takes some."""
+    output = tmp_path / "handover.json"
+    done = CliRunner().invoke(handover.main, ["--steps", "3", "--json", str(output)])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["sites"] for row in rows] == [8, 60, 64]
+    assert all(0 < value < 1e5 for row in rows for value in row["microseconds"].values())

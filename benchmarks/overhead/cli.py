@@ -94,7 +94,8 @@ def main(
         variants=names,
     )
     result = begin(output, bool(only), today, device, dtype)
-    console = Console()
+    # Tables have a dozen columns: in a log, which has no width of its own, none is cut off.
+    console = Console(width=None if sys.stdout.isatty() else 220)
     parts = only or (sections.QUICK if quick else tuple(sections.SECTIONS) if full else sections.usual())
     with _progress() as progress:
         task = progress.add_task("", total=len(parts))

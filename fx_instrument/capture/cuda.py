@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import CaptureFailedError
-from .pinned import Event, Place
+from .engine import Event, Place
 
 _FOR_EVERY_DEVICE = 1
 """``cudaHostRegisterPortable``: of memory that is registered, not allocated, CUDA promises only with it that devices

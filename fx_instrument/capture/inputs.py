@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -17,23 +18,29 @@ class HeldInputs:
         self._transfer = transfer
         self._held: dict[int, Inputs] = {}
 
-    def __contains__(self, step: int) -> bool:
+    def __contains__(self, step: int | None) -> bool:
         return step in self._held
 
     def steps(self) -> list[int]:
         return list(self._held)
 
     def keep(
-        self, step: int, inputs: Mapping[str, torch.Tensor], num_bytes: int, device: torch.device | None
+        self,
+        step: int,
+        inputs: Mapping[str, torch.Tensor],
+        num_bytes: int,
+        device: torch.device | None,
+        place: Any,
     ) -> None:
         """Copy them where they are: the caller may change them as soon as its call has returned.
 
         Args:
             num_bytes: counted in for them.
             device: where some are, if they come through pinned memory.
+            place: the stream of this thread there.
         """
         kept = self._transfer.keep(list(inputs.values()), device)
-        self._held[step] = Inputs(list(inputs), kept, num_bytes, self._transfer.place(device))
+        self._held[step] = Inputs(list(inputs), kept, num_bytes, place)
 
     def take(self, step: int, device: torch.device | None) -> Inputs | None:
         """Those of a step, if they can go with values of ``device``: what another stream copied may not be there."""
@@ -45,11 +52,10 @@ class HeldInputs:
         # Another thread of the step may have been faster.
         return self._held.pop(step, None)
 
-    def take_alone(self, step: int) -> tuple[Inputs | None, torch.device | None]:
-        """Those of a step that has no values for them to go with, and where they are; None as of ``take``."""
-        held = self._held.get(step)
-        device = device_of(held.values) if held is not None else None
-        return self.take(step, device), device
+    def device(self, step: int) -> torch.device | None:
+        """Where those of a step are, as ``device_of``."""
+        inputs = self._held.get(step)
+        return device_of(inputs.values) if inputs is not None else None
 
     def forget(self, step: int) -> int:
         """Let go of a step's; how many bytes were counted for them."""

@@ -15,9 +15,10 @@ from ..sampling import num_samples, positions
 from .budget import HostBudget
 from .cuda import CudaEngine
 from .drain import RECORD_OVERHEAD_BYTES, Drain, Writer
+from .engine import CopyEngine
 from .handover import Delivery
 from .inputs import HeldInputs
-from .pinned import CopyEngine, Landing
+from .pinned import Landing
 from .progress import ProgressLine
 from .report import CaptureReport
 from .steps import Join, SiteLike, Steps
@@ -116,9 +117,8 @@ class Session:
         return join
 
     def end_step(self) -> None:
-        number = self._steps.finish()
-        if number is not None and number in self._inputs:
-            self._hand_over_inputs(number)
+        if (number := self._steps.finish()) in self._inputs:
+            self._hand_over_inputs(number, over=True)
 
     def reserve(
         self,
@@ -254,10 +254,9 @@ class Session:
     def _acquire(self, num_bytes: int, leave_bytes: int = 0) -> bool:
         if self._budget.acquire(num_bytes, wait=False, leave_bytes=leave_bytes):
             return True
-        current = self._steps.current
-        if current is not None and current in self._inputs:
+        if (current := self._steps.current) in self._inputs:
             # What this thread holds back would have it wait for itself.
-            self._hand_over_inputs(current)
+            self._hand_over_inputs(current, over=False)
         self._handover.seal()
         if self._drop:
             return False
@@ -266,8 +265,8 @@ class Session:
 
     def _keep_inputs(self, number: int, inputs: Mapping[str, torch.Tensor]) -> None:
         device = device_of(list(inputs.values()))
-        # What a device has is counted with the ring, which must be before anything is held back.
-        self._transfer.place(device)
+        # Where there is a device, this counts its ring in: before anything is held back.
+        place = self._transfer.place(device)
         total = sum(
             (value.nbytes if value.device.type != "cuda" else 0) + RECORD_OVERHEAD_BYTES
             for value in inputs.values()
@@ -282,17 +281,19 @@ class Session:
                 self._dropped_inputs += 1
             return
         try:
-            self._inputs.keep(number, inputs, total, device)
+            self._inputs.keep(number, inputs, total, device, place)
         except BaseException:
             self._budget.release(total)
             raise
 
-    def _hand_over_inputs(self, number: int) -> None:
-        """Those of a step whose values don't take them along."""
-        inputs, device = self._inputs.take_alone(number)
+    def _hand_over_inputs(self, number: int | None, *, over: bool) -> None:
+        """Those of a step whose values don't take them along; it may be ``over``."""
+        assert number is not None, "it has inputs"
+        device = self._inputs.device(number)
+        inputs = self._inputs.take(number, device)
         if inputs is not None:
             self._hand_over(Delivery(number, (), (), [], None, 0, inputs), device, overwritten=False)
-        elif lost := self._inputs.forget(number):
+        elif over and (lost := self._inputs.forget(number)):
             # This thread runs on another stream than the one that copied them.
             self._budget.release(lost)
             with self._lock:
@@ -363,7 +364,7 @@ class Session:
         try:
             for number in self._inputs.steps():
                 # Of steps whose end went unseen.
-                self._hand_over_inputs(number)
+                self._hand_over_inputs(number, over=True)
         finally:
             self._drain.end()
         self._writer.finish()

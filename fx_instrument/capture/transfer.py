@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .pinned import CopyEngine, Landing, PinnedTransfer
+from .engine import CopyEngine
+from .pinned import Landing, PinnedTransfer
 
 
 class Transfer:
