@@ -36,6 +36,9 @@ class Value:
     def numel(self) -> int:
         return self.shape.numel()
 
+    def detach(self) -> Value:
+        return self
+
     def __getitem__(self, part: slice) -> Value:
         """A view: what it looks at lives as long as it."""
         memory = Memory(0)
@@ -80,7 +83,6 @@ class Device:
         self.compute, self.copies = self.computes[DEVICE], self.copies_of[DEVICE]
         self.allocated: list[int] = []
         self.freed: list[int] = []
-        self.stream_of_this_thread = "first"
         self._gathered: dict[Place, Value] = {}
         self._lock = threading.RLock()
 
@@ -106,9 +108,6 @@ class Device:
         with self._lock:
             self.copies_of[value.device].extend([Wait(after), lambda: host.copy_(source), event.reach])
         return event
-
-    def stream(self, device: torch.device) -> object:
-        return device, self.stream_of_this_thread
 
     def keep(self, value: Value) -> Value:
         kept = Value(self, Memory(*value.shape, dtype=value.dtype), owns=True, on=value.device)

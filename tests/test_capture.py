@@ -202,20 +202,6 @@ def test_inputs_that_find_no_room_are_counted() -> None:
     opened.close()
 
 
-def test_inputs_make_room_for_the_values_of_their_step() -> None:
-    """They wait for these, so a run that needs the whole bound does not wait for them."""
-    ids = {"input_ids": torch.zeros(1, 3, dtype=torch.int64)}
-    writer = HeldWriter()
-    opened = session(writer, limit=2 * (100 + RECORD_OVERHEAD_BYTES))
-    for _ in range(3):
-        opened.begin_step(ids)
-        run_graph(opened, torch.ones(25), torch.ones(25))
-        opened.end_step()
-    opened.close()
-    assert opened.report.records == 6 and opened.report.dropped_inputs == 0
-    assert sorted(meta.step for meta, _ in writer.rows) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-
-
 def test_a_full_buffer_stalls_and_loses_nothing() -> None:
     """on_full="stall": the forward call waits until the writer has let go."""
     writer = HeldWriter(hold=True)

@@ -47,7 +47,7 @@ class CudaEngine:
             )
 
     def mark(self, device: torch.device) -> Event:
-        event: Event = self.stream(device).record_event()
+        event: Event = self._stream(device).record_event()
         return event
 
     def copy(self, host: torch.Tensor, value: torch.Tensor, after: Event) -> Event:
@@ -55,7 +55,7 @@ class CudaEngine:
         copy_stream = self._copy_stream(device)
         copy_stream.wait_event(after)
         if device.index == torch.cuda.current_device():
-            before = self.stream(device)
+            before = self._stream(device)
             torch.cuda.set_stream(copy_stream)
             try:
                 host.copy_(value, non_blocking=True)
@@ -68,15 +68,8 @@ class CudaEngine:
         event: Event = copy_stream.record_event(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
         return event
 
-    def stream(self, device: torch.device) -> Any:
-        key = device.index, torch._C._cuda_getCurrentRawStream(device.index)
-        stream = self._streams.get(key)
-        if stream is None:
-            stream = self._streams[key] = torch.cuda.current_stream(device)
-        return stream
-
     def keep(self, value: torch.Tensor) -> torch.Tensor:
-        return value.detach().clone(memory_format=torch.contiguous_format)
+        return value.clone()
 
     def gather(
         self,
@@ -88,7 +81,7 @@ class CudaEngine:
     ) -> torch.Tensor:
         device, _ = place
         if after is not None:
-            self.stream(device).wait_event(after)
+            self._stream(device).wait_event(after)
         # Whatever mode the model runs in: what was made in inference mode may only be written in it.
         with torch.inference_mode():
             gathered = self._gathered.get(place)
@@ -97,6 +90,14 @@ class CudaEngine:
                 gathered = self._gathered[place] = _Gathered(memory)
             gathered.fill(values, starts)
         return gathered.memory
+
+    def _stream(self, device: torch.device) -> Any:
+        """The one that runs the model on this thread."""
+        key = device.index, torch._C._cuda_getCurrentRawStream(device.index)
+        stream = self._streams.get(key)
+        if stream is None:
+            stream = self._streams[key] = torch.cuda.current_stream(device)
+        return stream
 
     def _copy_stream(self, device: torch.device) -> Any:
         with self._lock:

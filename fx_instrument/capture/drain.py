@@ -16,14 +16,14 @@ from .budget import HostBudget
 from .handover import Delivery, Handover
 from .layout import host_bytes
 from .packing import Packer, Part, Plan, join
-from .pinned import Arrival, Landing, Room
+from .pinned import Arrival, Room
 
 # What a queued record holds beside its bytes: a tensor, its storage, a numpy view and the row (measured: ~1 KiB).
 RECORD_OVERHEAD_BYTES = 1024
 SEAL_AFTER_S = 0.5
 _TICK_S = SEAL_AFTER_S / 4
 _COPIED_BYTES = RECORD_OVERHEAD_BYTES // 2
-"""An input of a device that is no larger than this is copied once it is on the host."""
+"""A step's inputs from a device that are no larger than this are copied once they are on the host."""
 _GROUP_BYTES = 1 << 20
 """The most that graph runs of small values, copied together, may have; a quarter of what packs may take at most."""
 
@@ -141,144 +141,100 @@ class Drain:
         if self.failure is not None:
             self._throw_away(delivery)
             return
-        if delivery.landing is not None:
-            self._put_landing(delivery, delivery.landing)
-        elif delivery.names:
-            self._put(delivery, self._ids_of(delivery.names), delivery.values)
-        inputs = delivery.inputs
-        if inputs is not None and inputs.values:
-            values, inputs.values = inputs.values, []
-            for name, value in zip(inputs.names, values, strict=True):
-                release = _Release(self._budget, RECORD_OVERHEAD_BYTES + value.nbytes)
-                self._put_input(delivery.step, name, value.dtype, value.shape, host_bytes(value), release)
-
-    def _put_landing(self, delivery: Delivery, landing: Landing) -> None:
-        """Bring the records of a delivery to the writer as they come from a device, and its inputs after them."""
-        site_ids, inputs = self._ids_of(delivery.names), delivery.inputs
-        names = inputs.names if inputs is not None and not inputs.values else ()
-        left, done = delivery.num_bytes, 0
-        if names:
-            assert inputs is not None
-            left += inputs.num_bytes
-        for arrival in landing.arrivals(self._make_room):
-            layout, room = arrival.layout, arrival.room
-            count = max(0, min(len(layout.starts), len(site_ids) - done))
-            further = arrival.data(slice(count, None))
-            # A step's few tokens are copied, as part of their bookkeeping: they would hold the ring's room for long.
-            rooms = [None if len(data) <= _COPIED_BYTES else room for data in further]
-            further = [data.copy() if len(data) <= _COPIED_BYTES else data for data in further]
-            in_room = sum(held is not None for held in rooms)
-            if count:
-                counted = count * RECORD_OVERHEAD_BYTES
-                if room is None:
-                    counted += layout.num_bytes
-                left -= counted
-                self._put_arrival(delivery, site_ids, arrival, count, counted, in_room)
-            elif room is not None:
-                if in_room:
-                    room.split(in_room)
-                else:
-                    room()
-            for index, (data, held) in enumerate(zip(further, rooms, strict=True), count):
-                share = RECORD_OVERHEAD_BYTES + (len(data) if room is None else 0)
-                left -= share
-                name = names[done + index - len(site_ids)]
-                release = _Release(self._budget, share, held)
-                self._put_input(
-                    delivery.step, name, layout.dtypes[index], layout.shapes[index], data, release
-                )
-            done += len(layout.starts)
+        if delivery.is_input:
+            site_ids: Sequence[int] = [self._input_id(name) for name in delivery.names]
+        else:
+            site_ids = self._ids_of(delivery.names)
+        if delivery.landing is None:
+            self._put(delivery, site_ids, delivery.values)
+            return
+        left = delivery.num_bytes
+        done = 0
+        for arrival in delivery.landing.arrivals(self._make_room):
+            count = len(arrival.layout.starts)
+            counted = count * RECORD_OVERHEAD_BYTES
+            if arrival.room is None:
+                counted += arrival.layout.num_bytes
+            left -= counted
+            done += count
+            self._put_arrival(delivery, site_ids, arrival, counted)
         if left:
             self._budget.release(left)
         if done < len(site_ids):
             # Shut in the middle: what would have made room has failed.
-            self._dropped(delivery.names[done:])
+            self._dropped([] if delivery.is_input else delivery.names[done:])
 
     def _put(self, delivery: Delivery, site_ids: Sequence[int], values: list[torch.Tensor]) -> None:
         """Bring the records of a delivery that was on the host all along to the writer."""
         counted, calls, full_shapes = delivery.num_bytes, delivery.calls, delivery.full_shapes
         dtypes, shapes = [value.dtype for value in values], [value.shape for value in values]
-        plan = self._packer.plan(site_ids, calls, dtypes, shapes, full_shapes)
-        if plan is not None:
-            self._pack(_Waiting(delivery, plan, values, counted))
-            return
-        # Records of a site stay in the order of their steps.
-        self._store_group()
-        self.records += len(values)
-        self.raw_bytes += sum(value.nbytes for value in values)
+        if not delivery.is_input:
+            plan = self._packer.plan(site_ids, calls, dtypes, shapes, full_shapes)
+            if plan is not None:
+                self._pack(_Waiting(delivery, plan, values, counted))
+                return
+            # Records of a site stay in the order of their steps.
+            self._store_group()
+            self.records += len(values)
+            self.raw_bytes += sum(value.nbytes for value in values)
         values.reverse()
-        for index, (dtype, shape) in enumerate(zip(dtypes, shapes, strict=True)):
+        for index in range(len(values)):
             # Not held here any longer: a value that is not contiguous is copied, and goes then.
             value = values.pop()
             share = RECORD_OVERHEAD_BYTES + value.nbytes
             counted -= share
-            data, release = host_bytes(value), _Release(self._budget, share)
+            data = host_bytes(value)
             del value
             full_shape = full_shapes[index] if full_shapes is not None else None
-            self._put_record(
-                delivery.step, site_ids[index], calls[index], dtype, shape, full_shape, data, release
-            )
+            kind = dtypes[index], shapes[index], full_shape
+            release = _Release(self._budget, share)
+            self._put_record(delivery.step, site_ids[index], calls[index], *kind, data, release)
         if counted:
             self._budget.release(counted)
 
     def _put_arrival(
-        self,
-        delivery: Delivery,
-        site_ids: Sequence[int],
-        arrival: Arrival,
-        count: int,
-        counted: int,
-        further: int,
+        self, delivery: Delivery, site_ids: Sequence[int], arrival: Arrival, counted: int
     ) -> None:
         """Bring records that came from a device together to the writer, as they lie.
 
         Args:
             site_ids: of the whole delivery.
-            count: how many of the values are records; inputs follow.
             counted: bytes that the budget counts for them.
-            further: how many others hold the arrival's room, too.
         """
         layout, calls, full_shapes, room = arrival.layout, delivery.calls, delivery.full_shapes, arrival.room
-        dtypes, shapes = layout.dtypes, layout.shapes
-        if count < len(layout.starts):
-            dtypes, shapes = dtypes[:count], shapes[:count]
+        count = len(layout.starts)
         if count < len(site_ids):
             mine = slice(layout.first, layout.first + count)
             site_ids, calls, full_shapes = site_ids[mine], calls[mine], full_shapes and full_shapes[mine]
-        # Records of a site stay in the order of their steps.
-        self._store_group()
-        self.records += count
-        self.raw_bytes += sum(layout.ends[:count]) - sum(layout.starts[:count])
-        parts: Sequence[Part] = ()
-        if arrival.memory is not None:
-            parts = self._packer.parts(site_ids, calls, dtypes, shapes, full_shapes)
-        if not parts:
-            if room is not None:
-                room.split(count + further)
-            for index, data in enumerate(arrival.data(slice(count))):
-                release = _Release(self._budget, counted // count, room)
-                full_shape = full_shapes[index] if full_shapes is not None else None
-                kind = dtypes[index], shapes[index], full_shape
-                self._put_record(delivery.step, site_ids[index], calls[index], *kind, data, release)
-            return
-        assert arrival.memory is not None and room is not None
-        room.split(len(parts) + further)
+        if not delivery.is_input:
+            # Records of a site stay in the order of their steps.
+            self._store_group()
+            self.records += count
+            self.raw_bytes += sum(layout.ends) - sum(layout.starts)
+            if arrival.memory is not None and room is not None:
+                parts = self._packer.parts(site_ids, calls, layout.dtypes, layout.shapes, full_shapes)
+                if parts:
+                    self._put_parts(delivery.step, parts, arrival.memory, room)
+                    return
+        values = arrival.data()
+        if delivery.is_input and room is not None and layout.num_bytes <= _COPIED_BYTES:
+            # They would hold the ring's room until their page is stored, which a step's few tokens fill late.
+            values = [data.copy() for data in values]
+            room()
+            room = None
+        if room is not None:
+            room.split(count)
+        for index, data in enumerate(values):
+            full_shape = full_shapes[index] if full_shapes is not None else None
+            kind = layout.dtypes[index], layout.shapes[index], full_shape
+            release = _Release(self._budget, counted // count, room)
+            self._put_record(delivery.step, site_ids[index], calls[index], *kind, data, release)
+
+    def _put_parts(self, step: int, parts: Sequence[Part], memory: npt.NDArray[np.uint8], room: Room) -> None:
+        room.split(len(parts))
         for part in parts:
             release = _Release(self._budget, part.num_values * RECORD_OVERHEAD_BYTES, room)
-            self._writer.put_packed(
-                part.layout, delivery.step, arrival.memory[part.begin : part.end], release
-            )
-
-    def _put_input(
-        self,
-        step: int,
-        name: str,
-        dtype: torch.dtype,
-        shape: torch.Size,
-        data: npt.NDArray[np.uint8],
-        release: _Release,
-    ) -> None:
-        self._put_record(step, self._input_id(name), 0, dtype, shape, None, data, release)
+            self._writer.put_packed(part.layout, step, memory[part.begin : part.end], release)
 
     def _put_record(
         self,
@@ -339,9 +295,8 @@ class Drain:
         if delivery.landing is not None:
             delivery.landing.abandon()
         delivery.values.clear()
-        inputs = delivery.inputs
-        self._budget.release(delivery.num_bytes + (inputs.num_bytes if inputs is not None else 0))
-        self._dropped(delivery.names)
+        self._budget.release(delivery.num_bytes)
+        self._dropped([] if delivery.is_input else delivery.names)
 
     def _make_room(self) -> None:
         # What fills the ring may lie in pages that are not full yet.

@@ -36,9 +36,6 @@ class CopyEngine(Protocol):
     def copy(self, host: torch.Tensor, value: torch.Tensor, after: Event) -> Event:
         """Copy ``value`` to ``host`` on the copy stream, once ``after`` is reached; answers when it is there."""
 
-    def stream(self, device: torch.device) -> object:
-        """The stream that runs the model on this thread; equal to what it answers of the same one."""
-
     def keep(self, value: torch.Tensor) -> torch.Tensor:
         """A copy on the device, made by the stream that runs the model on this thread."""
 

@@ -6,7 +6,6 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -19,21 +18,8 @@ _WAKE_DEVICE_BYTES = 4 << 20
 
 
 @dataclass(slots=True)
-class Inputs:
-    """A step's integer inputs; copies, as the caller may write them again."""
-
-    names: Sequence[str]
-    values: list[torch.Tensor]
-    """On the host; empty where a landing brings them."""
-    num_bytes: int
-    """Counted in for them: their bytes where they are on the host, and their bookkeeping."""
-    place: Any = None
-    """The stream that they were copied on; None of inputs on the host."""
-
-
-@dataclass(slots=True)
 class Delivery:
-    """The values of one graph run, and a step's inputs with the first of its runs, or without any."""
+    """The values of one graph run, or the integer inputs of a step."""
 
     step: int
     names: Sequence[str]
@@ -43,7 +29,7 @@ class Delivery:
     full_shapes: Sequence[tuple[int, ...]] | None
     num_bytes: int
     """Counted in for them: their bytes where they are on the host, and their bookkeeping."""
-    inputs: Inputs | None = None
+    is_input: bool = False
     landing: Landing | None = None
 
 
@@ -66,9 +52,11 @@ class Handover:
         landing = delivery.landing
         # Not locked: where threads race, the drain thread comes one tick later.
         self._waiting_bytes += delivery.num_bytes + (landing.num_bytes if landing is not None else 0)
-        if self._waiting_bytes >= (_WAKE_BYTES if landing is None else _WAKE_DEVICE_BYTES) or (
-            landing is not None and not landing.is_started
+        enough = _WAKE_BYTES if landing is None else _WAKE_DEVICE_BYTES
+        if (landing is not None and not landing.is_started) or (
+            self._waiting_bytes >= enough and not delivery.is_input
         ):
+            # After inputs the graph is still to be launched: the drain thread, once awake, would hold that up.
             self._wake.set()
 
     def seal(self) -> None:

@@ -101,7 +101,7 @@ class Packer:
         full_shapes: Sequence[tuple[int, ...]] | None,
     ) -> Sequence[Part]:
         """How values that lie side by side go to the writer as they lie, as much at once as a page holds; none where
-        they are better taken one by one. As cheap as ``plan`` where all is as it was last time."""
+        they are better taken one by one."""
         asked = _Asked(site_ids, calls, dtypes, shapes, full_shapes)
         if self._last_parts is None or not _same(self._last_parts[0], asked):
             key = (

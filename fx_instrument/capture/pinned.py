@@ -102,20 +102,6 @@ class PinnedTransfer:
     def _is_free(self) -> bool:
         return len(self._waiting) <= _MAX_WAITING
 
-    def stream(self, device: torch.device) -> object:
-        """The stream that runs the model on this thread."""
-        return self._engine.stream(device)
-
-    def keep(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Copies, each where its value is, which the caller may write again."""
-        self._engine.check()
-        return [
-            value.detach().clone(memory_format=torch.contiguous_format)
-            if value.device.type == "cpu"
-            else self._engine.keep(value)
-            for value in values
-        ]
-
     def start(self, values: Sequence[torch.Tensor], *, overwritten: bool = False) -> Landing:
         """Begin to copy ``values``, on the thread that ran their graph; ``order`` must be held.
 
@@ -282,12 +268,13 @@ class Arrival:
     """Gives their place back."""
     sources: list[torch.Tensor]
 
-    def data(self, which: slice) -> list[npt.NDArray[np.uint8]]:
-        """The bytes of some of them, where they lie. As views of torch's each would take several microseconds."""
+    def data(self) -> list[npt.NDArray[np.uint8]]:
+        """The bytes of each, where they lie. As views of torch's each would take several microseconds."""
         if self.memory is None:
-            return [host_bytes(value) for value in self.sources[which]]
-        places = zip(self.layout.starts[which], self.layout.ends[which], strict=True)
-        return [self.memory[start:end] for start, end in places]
+            return [host_bytes(value) for value in self.sources]
+        return [
+            self.memory[start:end] for start, end in zip(self.layout.starts, self.layout.ends, strict=True)
+        ]
 
 
 class Landing:

@@ -17,7 +17,6 @@ from .cuda import CudaEngine
 from .drain import RECORD_OVERHEAD_BYTES, Drain, Writer
 from .engine import CopyEngine
 from .handover import Delivery
-from .inputs import HeldInputs
 from .pinned import Landing
 from .progress import ProgressLine
 from .report import CaptureReport
@@ -92,7 +91,6 @@ class Session:
         )
         self._handover = self._drain.handover
         self._steps = Steps(writer.first_step)
-        self._inputs = HeldInputs(self._transfer)
         self._lock = threading.Lock()
         self._eager_records = 0
         self._dropped: dict[str, int] = {}
@@ -113,12 +111,11 @@ class Session:
     def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> Join:
         number, join = self._steps.begin()
         if inputs and not self._closed:
-            self._keep_inputs(number, inputs)
+            self._record_inputs(number, inputs)
         return join
 
     def end_step(self) -> None:
-        if (number := self._steps.finish()) in self._inputs:
-            self._hand_over_inputs(number, over=True)
+        self._steps.finish()
 
     def reserve(
         self,
@@ -195,28 +192,20 @@ class Session:
             # The caller of this holds the values for a moment more.
             self.cancel(ticket)
             return
-        device = ticket.device
-        if device is None and values and values[0].device.type != "cpu":
-            device = device_of(values)
-        inputs = self._inputs.take(number, device)
-        delivery = Delivery(number, names, calls, list(values), full_shapes, ticket.num_bytes, inputs)
-        self._hand_over(delivery, device, overwritten=ticket.overwritten)
+        self._hand_over(ticket, Delivery(number, names, calls, list(values), full_shapes, ticket.num_bytes))
 
-    def _hand_over(self, delivery: Delivery, device: torch.device | None, *, overwritten: bool) -> None:
-        """Start the values of ``delivery``, of which some are on ``device``, on their way and tell the drain thread."""
-        inputs, values = delivery.inputs, delivery.values
+    def _hand_over(self, ticket: Ticket, delivery: Delivery) -> None:
+        """Start the values of ``delivery`` on their way and tell the drain thread."""
         try:
-            if inputs is not None and inputs.place is not None:
-                values, inputs.values = [*values, *inputs.values], []
-            with self._transfer.in_order(device):
-                started = self._transfer.start(values, device=device, overwritten=overwritten)
+            with self._transfer.in_order(ticket.device):
+                started = self._transfer.start(delivery.values, overwritten=ticket.overwritten)
                 if isinstance(started, Landing):
                     delivery.landing, delivery.values = started, []
                 else:
                     delivery.values = started
                 self._handover.put(delivery)
         except BaseException:
-            self._budget.release(delivery.num_bytes + (inputs.num_bytes if inputs is not None else 0))
+            self.cancel(ticket)
             raise
 
     def _copied(self, ticket: Ticket, copy: Callable[[], _T]) -> _T:
@@ -254,21 +243,16 @@ class Session:
     def _acquire(self, num_bytes: int, leave_bytes: int = 0) -> bool:
         if self._budget.acquire(num_bytes, wait=False, leave_bytes=leave_bytes):
             return True
-        if (current := self._steps.current) in self._inputs:
-            # What this thread holds back would have it wait for itself.
-            self._hand_over_inputs(current, over=False)
         self._handover.seal()
         if self._drop:
             return False
         timeout_s = self._patience() if self._patience is not None else None
         return self._budget.acquire(num_bytes, wait=True, timeout_s=timeout_s)
 
-    def _keep_inputs(self, number: int, inputs: Mapping[str, torch.Tensor]) -> None:
+    def _record_inputs(self, number: int, inputs: Mapping[str, torch.Tensor]) -> None:
         device = device_of(list(inputs.values()))
-        # Where there is a device, this counts its ring in: before anything is held back.
-        place = self._transfer.place(device)
         total = sum(
-            (value.nbytes if value.device.type != "cuda" else 0) + RECORD_OVERHEAD_BYTES
+            (value.nbytes if value.device != device else 0) + RECORD_OVERHEAD_BYTES
             for value in inputs.values()
         )
         if total > self._budget.limit_bytes and not self._drop and self._patience is None:
@@ -276,28 +260,28 @@ class Session:
                 f"the integer inputs of a step take {total} bytes with their bookkeeping, but "
                 f"max_memory_gb={self._max_memory_bytes / 1e9:g} leaves the buffer {self._budget.limit_bytes} bytes"
             )
-        if not self._acquire(total, leave_bytes=self._largest_run_bytes):
+        if device is not None:
+            ticket = self._reserve_on(device, 0, total, overwritten=True)
+        else:
+            granted = self._acquire(total, leave_bytes=self._largest_run_bytes)
+            ticket = Ticket(total if granted else 0, dropped=not granted)
+        if ticket.dropped:
             with self._lock:
                 self._dropped_inputs += 1
             return
-        try:
-            self._inputs.keep(number, inputs, total, device, place)
-        except BaseException:
-            self._budget.release(total)
-            raise
-
-    def _hand_over_inputs(self, number: int | None, *, over: bool) -> None:
-        """Those of a step whose values don't take them along; it may be ``over``."""
-        assert number is not None, "it has inputs"
-        device = self._inputs.device(number)
-        inputs = self._inputs.take(number, device)
-        if inputs is not None:
-            self._hand_over(Delivery(number, (), (), [], None, 0, inputs), device, overwritten=False)
-        elif over and (lost := self._inputs.forget(number)):
-            # This thread runs on another stream than the one that copied them.
-            self._budget.release(lost)
-            with self._lock:
-                self._dropped_inputs += 1
+        # The caller may change its inputs while the copies are on their way; what a device has is gathered there.
+        values = self._copied(
+            ticket,
+            lambda: [
+                value.detach()
+                if ticket.device is not None and value.device.type == ticket.device.type
+                else value.detach().clone(memory_format=torch.contiguous_format)
+                for value in inputs.values()
+            ],
+        )
+        self._hand_over(
+            ticket, Delivery(number, list(inputs), [0] * len(inputs), values, None, total, is_input=True)
+        )
 
     def _count_dropped(self, names: Sequence[str]) -> None:
         with self._lock:
@@ -361,12 +345,7 @@ class Session:
         if self._ended:
             return
         self._closed = True
-        try:
-            for number in self._inputs.steps():
-                # Of steps whose end went unseen.
-                self._hand_over_inputs(number, over=True)
-        finally:
-            self._drain.end()
+        self._drain.end()
         self._writer.finish()
         self._stored_after = time.perf_counter() - self._started
         self._ended = True

@@ -80,16 +80,8 @@ class Steps:
             self.begun += 1
         return step.number, functools.partial(self._joined, step)
 
-    @property
-    def current(self) -> int | None:
-        """The number of the forward call that this thread is in, or that is reserved for its next one."""
-        step = self._mine.step
-        return None if step is None else step.number
-
-    def finish(self) -> int | None:
-        """The forward call that this thread is in is over; its number."""
-        step, self._mine.step = self._mine.step, None
-        return None if step is None else step.number
+    def finish(self) -> None:
+        self._mine.step = None
 
     def count(self, sites: Sequence[SiteLike]) -> tuple[int, tuple[str, ...], Sequence[int]]:
         """Where values belong that this thread delivers, one of each site: ``(step, names, calls)``.

@@ -48,23 +48,12 @@ class Transfer:
         """Held around ``start`` and the hand-over of what it answers."""
         return nullcontext() if device is None else self._through_pinned().order
 
-    def place(self, device: torch.device | None) -> Any:
-        """The stream that runs the model on this thread; None on the host."""
-        return None if device is None else self._through_pinned().stream(device)
-
-    def keep(self, values: Sequence[torch.Tensor], device: torch.device | None) -> list[torch.Tensor]:
-        """Copies of ``values``, of which some are on ``device``, each where it is."""
-        if device is not None:
-            return self._through_pinned().keep(values)
-        return [value.detach().clone(memory_format=torch.contiguous_format) for value in values]
-
     def start(
-        self, values: Sequence[torch.Tensor], *, device: torch.device | None, overwritten: bool = False
+        self, values: Sequence[torch.Tensor], *, overwritten: bool = False
     ) -> Landing | list[torch.Tensor]:
         """Begin moving ``values``; called on the thread that ran the graph, right after it.
 
         Args:
-            device: where some of them are, if they come through pinned memory.
             overwritten: as for ``PinnedTransfer.start``, of values on a device.
 
         Returns:
@@ -73,9 +62,9 @@ class Transfer:
         Raises:
             BufferTooSmallError: as ``PinnedTransfer.start``.
         """
-        if device is not None:
-            return self._through_pinned().start(values, overwritten=overwritten)
-        return [value if value.device.type == "cpu" else value.cpu() for value in values]
+        if device_of(values) is None:
+            return [value if value.device.type == "cpu" else value.cpu() for value in values]
+        return self._through_pinned().start(values, overwritten=overwritten)
 
     def shut(self) -> None:
         """Let nothing wait any more: what would make room has failed."""
