@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fx_instrument.capture.handover import Delivery, Handover
 from fx_instrument.capture.layout import host_bytes
-from fx_instrument.capture.packing import Packer, join
+from fx_instrument.capture.packing import Packer, Records, join
 
 
 def delivery(step: int, num_bytes: int = 10) -> Delivery:
@@ -85,7 +85,7 @@ def test_packed_bytes_are_those_of_the_values(
     sites: list[tuple[int, tuple[int, ...]]], strided: bool
 ) -> None:
     """Any sites and shapes, contiguous or not: by site and call, each value's bytes in row-major order."""
-    packer = Packer(layout, 1 << 20)
+    packer = Packer(layout, 1 << 20, 0)
     calls: dict[int, int] = {}
     rows, values = [], []
     for number, (site, shape) in enumerate(sites):
@@ -98,7 +98,7 @@ def test_packed_bytes_are_those_of_the_values(
         rows.append((site, call, shape))
     num_bytes = sum(value.nbytes for value in values)
     for _ in range(2):
-        plan = packer.plan([row[0] for row in rows], [row[1] for row in rows], *kinds(values), None)
+        plan = packer.plan(Records([row[0] for row in rows], [row[1] for row in rows], *kinds(values), None))
         if not num_bytes:
             assert plan is None
             return
@@ -127,15 +127,15 @@ def kinds(values: list[torch.Tensor]) -> tuple[list[torch.dtype], list[torch.Siz
 )
 def test_other_values_go_one_by_one(values: list[torch.Tensor]) -> None:
     """A single value, mixed or unusual dtypes, large ones, and more than there is room for are not packed."""
-    packer = Packer(layout, 1 << 20)
+    packer = Packer(layout, 1 << 20, 0)
     count = len(values)
-    assert packer.plan(list(range(count)), [0] * count, *kinds(values), None) is None
+    assert packer.plan(Records(list(range(count)), [0] * count, *kinds(values), None)) is None
 
 
 def test_sampled_values_keep_their_full_shapes() -> None:
     """Layouts differ by the shape that the values were sampled from."""
-    packer = Packer(layout, 1 << 20)
+    packer = Packer(layout, 1 << 20, 0)
     values = [torch.ones(3), torch.ones(3)]
     for full in ((10, 3), (30,)):
-        plan = packer.plan([0, 1], [0, 0], *kinds(values), [full, full])
+        plan = packer.plan(Records([0, 1], [0, 0], *kinds(values), [full, full]))
         assert plan is not None and plan.layout[1] == [(0, 0, ((3,), full)), (1, 0, ((3,), full))]

@@ -54,6 +54,7 @@ class CudaEngine:
         device = value.device
         copy_stream = self._copy_stream(device)
         copy_stream.wait_event(after)
+        # Both ways do the same; the shorter one would leave another device current, where that one is.
         if device.index == torch.cuda.current_device():
             before = self._stream(device)
             torch.cuda.set_stream(copy_stream)

@@ -15,7 +15,7 @@ import torch
 from .budget import HostBudget
 from .handover import Delivery, Handover
 from .layout import host_bytes
-from .packing import Packer, Part, Plan, join
+from .packing import Packer, Part, Plan, Records, join
 from .pinned import Arrival, Room
 
 # What a queued record holds beside its bytes: a tensor, its storage, a numpy view and the row (measured: ~1 KiB).
@@ -141,16 +141,18 @@ class Drain:
         if self.failure is not None:
             self._throw_away(delivery)
             return
+        site_ids: Sequence[int]
         if delivery.is_input:
-            site_ids: Sequence[int] = [self._input_id(name) for name in delivery.names]
+            site_ids = [self._input_id(name) for name in delivery.names]
         else:
             site_ids = self._ids_of(delivery.names)
-        if delivery.landing is None:
+        landing = delivery.landing
+        if landing is None:
             self._put(delivery, site_ids, delivery.values)
             return
         left = delivery.num_bytes
         done = 0
-        for arrival in delivery.landing.arrivals(self._make_room):
+        for arrival in landing.arrivals(self._make_room):
             count = len(arrival.layout.starts)
             counted = count * RECORD_OVERHEAD_BYTES
             if arrival.room is None:
@@ -169,7 +171,7 @@ class Drain:
         counted, calls, full_shapes = delivery.num_bytes, delivery.calls, delivery.full_shapes
         dtypes, shapes = [value.dtype for value in values], [value.shape for value in values]
         if not delivery.is_input:
-            plan = self._packer.plan(site_ids, calls, dtypes, shapes, full_shapes)
+            plan = self._packer.plan(Records(site_ids, calls, dtypes, shapes, full_shapes))
             if plan is not None:
                 self._pack(_Waiting(delivery, plan, values, counted))
                 return
@@ -212,7 +214,8 @@ class Drain:
             self.records += count
             self.raw_bytes += sum(layout.ends) - sum(layout.starts)
             if arrival.memory is not None and room is not None:
-                parts = self._packer.parts(site_ids, calls, layout.dtypes, layout.shapes, full_shapes)
+                records = Records(site_ids, calls, layout.dtypes, layout.shapes, full_shapes)
+                parts = self._packer.parts(records)
                 if parts:
                     self._put_parts(delivery.step, parts, arrival.memory, room)
                     return

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ _MAX_RECORDS = 4096
 """Of a part; a page takes more."""
 _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
+_Found = TypeVar("_Found")
 Shape = tuple[tuple[int, ...], "tuple[int, ...] | None"]
 MakeLayout = Callable[[str, Iterable[tuple[int, int, Shape]]], Any]
 
@@ -48,12 +49,42 @@ class Part(NamedTuple):
     num_values: int
 
 
-class _Asked(NamedTuple):
+class Records(NamedTuple):
+    """What the values of a graph run are; steps of one graph have the same list of sites."""
+
     site_ids: Sequence[int]
     calls: Sequence[int]
     dtypes: Sequence[torch.dtype]
     shapes: Sequence[torch.Size]
     full_shapes: Sequence[tuple[int, ...]] | None
+
+    def is_like(self, other: Records) -> bool:
+        return self.site_ids is other.site_ids and self[1:] == other[1:]
+
+    def some(self, which: slice) -> Records:
+        full_shapes = None if self.full_shapes is None else self.full_shapes[which]
+        return Records(
+            self.site_ids[which], self.calls[which], self.dtypes[which], self.shapes[which], full_shapes
+        )
+
+
+class _Remembered(Generic[_Found]):
+    """What ``find`` found for the records of the graphs that were seen: cheap for those of the step before."""
+
+    def __init__(self, find: Callable[[Records], _Found]) -> None:
+        self._find = find
+        self._known: dict[Any, _Found] = {}
+        self._last: tuple[Records, _Found] | None = None
+
+    def of(self, records: Records) -> _Found:
+        if self._last is None or not self._last[0].is_like(records):
+            key = tuple(None if part is None else tuple(part) for part in records)
+            if key not in self._known:
+                if len(self._known) >= _MAX_LAYOUTS:
+                    self._known.clear()
+                self._known[key] = self._find(records)
+            self._last = records, self._known[key]
+        return self._last[1]
 
 
 class Packer:
@@ -65,118 +96,56 @@ class Packer:
         page_bytes: the most that a part may have, of values that lie side by side.
     """
 
-    def __init__(self, make_layout: MakeLayout, max_bytes: int, page_bytes: int = 0) -> None:
+    def __init__(self, make_layout: MakeLayout, max_bytes: int, page_bytes: int) -> None:
         self._make_layout = make_layout
         self.max_bytes = max_bytes
         self._page_bytes = page_bytes
-        self._known: dict[Any, Plan] = {}
-        self._last: tuple[_Asked, Plan | None] | None = None
-        self._known_parts: dict[Any, list[Part]] = {}
-        self._last_parts: tuple[_Asked, list[Part]] | None = None
+        self._plans = _Remembered(self._plan)
+        self._parts = _Remembered(self._divide)
 
-    def plan(
-        self,
-        site_ids: Sequence[int],
-        calls: Sequence[int],
-        dtypes: Sequence[torch.dtype],
-        shapes: Sequence[torch.Size],
-        full_shapes: Sequence[tuple[int, ...]] | None,
-    ) -> Plan | None:
-        """How the values of these dtypes and shapes are packed; None where they are better taken one by one.
+    def plan(self, records: Records) -> Plan | None:
+        """How values that lie apart are packed; None where they are better taken one by one."""
+        return self._plans.of(records)
 
-        Steps of one graph differ in their values alone: cheap where all else is as it was last time, and ``site_ids``
-        the same object.
-        """
-        asked = _Asked(site_ids, calls, dtypes, shapes, full_shapes)
-        if self._last is None or not _same(self._last[0], asked):
-            self._last = asked, self._find(*asked)
-        return self._last[1]
-
-    def parts(
-        self,
-        site_ids: Sequence[int],
-        calls: Sequence[int],
-        dtypes: Sequence[torch.dtype],
-        shapes: Sequence[torch.Size],
-        full_shapes: Sequence[tuple[int, ...]] | None,
-    ) -> Sequence[Part]:
+    def parts(self, records: Records) -> Sequence[Part]:
         """How values that lie side by side go to the writer as they lie, as much at once as a page holds; none where
         they are better taken one by one."""
-        asked = _Asked(site_ids, calls, dtypes, shapes, full_shapes)
-        if self._last_parts is None or not _same(self._last_parts[0], asked):
-            key = (
-                tuple(dtypes),
-                tuple(site_ids),
-                tuple(calls),
-                tuple(shapes),
-                full_shapes and tuple(full_shapes),
-            )
-            known = self._known_parts.get(key)
-            if known is None:
-                if len(self._known_parts) >= _MAX_LAYOUTS:
-                    self._known_parts.clear()
-                known = self._known_parts[key] = self._divide(asked)
-            self._last_parts = asked, known
-        return self._last_parts[1]
+        return self._parts.of(records)
 
-    def _divide(self, asked: _Asked) -> list[Part]:
-        site_ids, calls, dtypes, shapes, full_shapes = asked
-        dtype = dtypes[0]
-        sizes = [shape.numel() * dtype.itemsize for shape in shapes]
-        if (
-            len(shapes) < 2
-            or dtype not in _FLOATS
-            or any(other is not dtype for other in dtypes)
-            or not 0 < min(sizes) <= max(sizes) <= self._page_bytes
-            or not _ascends(site_ids, calls)
-        ):
+    def _plan(self, records: Records) -> Plan | None:
+        num_values, dtype = len(records.shapes), _float_of_all(records)
+        if num_values < 2 or dtype is None:
+            return None
+        num_bytes = sum(shape.numel() for shape in records.shapes) * dtype.itemsize
+        if not 0 < num_bytes <= min(self.max_bytes, _SMALL_BYTES * num_values):
+            return None
+        layout, order = self._layout(records)
+        return Plan(layout, order, num_bytes, dtype)
+
+    def _divide(self, records: Records) -> Sequence[Part]:
+        dtype = _float_of_all(records)
+        if len(records.shapes) < 2 or dtype is None:
+            return []
+        sizes = [shape.numel() * dtype.itemsize for shape in records.shapes]
+        if not 0 < min(sizes) <= max(sizes) <= self._page_bytes:
             return []
         parts: list[Part] = []
         first = begin = end = 0
         for index, size in enumerate([*sizes, self._page_bytes + 1]):
             if end + size - begin > self._page_bytes or index - first == _MAX_RECORDS:
                 mine = slice(first, index)
-                layout, _ = self._layout(
-                    dtype, site_ids[mine], calls[mine], shapes[mine], full_shapes and full_shapes[mine]
-                )
+                layout, order = self._layout(records.some(mine))
+                if order is not None:
+                    return []
                 parts.append(Part(layout, begin, end, index - first))
                 first, begin = index, end
             end += size
         return parts
 
-    def _find(
-        self,
-        site_ids: Sequence[int],
-        calls: Sequence[int],
-        dtypes: Sequence[torch.dtype],
-        shapes: Sequence[torch.Size],
-        full_shapes: Sequence[tuple[int, ...]] | None,
-    ) -> Plan | None:
-        if len(shapes) < 2 or dtypes[0] not in _FLOATS or any(dtype is not dtypes[0] for dtype in dtypes):
-            return None
-        dtype = dtypes[0]
-        num_bytes = sum(shape.numel() for shape in shapes) * dtype.itemsize
-        if not 0 < num_bytes <= min(self.max_bytes, _SMALL_BYTES * len(shapes)):
-            return None
-        key = (dtype, tuple(site_ids), tuple(calls), tuple(shapes), full_shapes and tuple(full_shapes))
-        known = self._known.get(key)
-        if known is None:
-            layout, order = self._layout(dtype, site_ids, calls, shapes, full_shapes)
-            if len(self._known) >= _MAX_LAYOUTS:
-                self._known.clear()
-            known = self._known[key] = Plan(layout, order, num_bytes, dtype)
-        return known
-
-    def _layout(
-        self,
-        dtype: torch.dtype,
-        site_ids: Sequence[int],
-        calls: Sequence[int],
-        shapes: Sequence[torch.Size],
-        full_shapes: Sequence[tuple[int, ...]] | None,
-    ) -> tuple[Any, list[int] | None]:
+    def _layout(self, records: Records) -> tuple[Any, list[int] | None]:
+        site_ids, calls, dtypes, shapes, full_shapes = records
         order = sorted(range(len(site_ids)), key=lambda index: (site_ids[index], calls[index]))
-        records = [
+        rows = [
             (
                 site_ids[index],
                 calls[index],
@@ -184,24 +153,14 @@ class Packer:
             )
             for index in order
         ]
-        layout = self._make_layout(str(dtype).removeprefix("torch."), records)
+        layout = self._make_layout(str(dtypes[0]).removeprefix("torch."), rows)
         return layout, order if order != list(range(len(order))) else None
 
 
-def _ascends(site_ids: Sequence[int], calls: Sequence[int]) -> bool:
-    order = list(zip(site_ids, calls, strict=True))
-    return order == sorted(order)
-
-
-def _same(last: _Asked, asked: _Asked) -> bool:
-    """Steps of one graph have the same list of sites."""
-    return (
-        last.site_ids is asked.site_ids
-        and last.shapes == asked.shapes
-        and last.dtypes == asked.dtypes
-        and last.calls == asked.calls
-        and last.full_shapes == asked.full_shapes
-    )
+def _float_of_all(records: Records) -> torch.dtype | None:
+    """The dtype of all values, if it is one, and of floats."""
+    dtypes = set(records.dtypes)
+    return next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= _FLOATS else None
 
 
 def join(packs: Sequence[tuple[Plan, Sequence[torch.Tensor]]]) -> list[npt.NDArray[np.uint8]]:

@@ -88,7 +88,8 @@ def language_part(model: torch.nn.Module, *, named: bool) -> str:
         return ""
     try:
         part = get()
-    except NotImplementedError:  # what vLLM's own method raises for a model in which it does not find one
+    except NotImplementedError:
+        # vLLM's own method says so that it found none: nothing is passed over, as the sites must be named then (below).
         part = None
     name = next((name for name, module in model.named_modules() if module is part), None)
     if name is None and not named:

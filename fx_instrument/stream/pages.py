@@ -21,7 +21,7 @@ record these bytes begin."""
 
 
 _STACKED_BYTES = 32 << 10
-"""Records of packs up to this size are copied by site; a look at each larger one costs less than that."""
+"""Records of packs up to this size are copied by site; the encoder splits larger ones where they lie."""
 
 
 class Countdown:
