@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,13 @@ import torch
 from .capture.session import Session
 from .capture.transfer import device_of
 from .errors import InstrumentationError
+from .graph.sink import Onlooker
 from .graph.sites import Site
 from .requests import NEW_INPUT, ROWS_INPUT, TOKENS_INPUT, encode_new, encode_rows
 from .row_plan import Group
 
 
-class StepSink:
+class StepSink(Onlooker):
     """Takes the values of a forward call from its graphs; rows and requests are known only after it."""
 
     def __init__(self) -> None:
@@ -58,11 +59,6 @@ class StepSink:
         if self.armed or self.starting:
             # An engine's norms may add into what a module returned.
             self.deliver(True, (site,), (value.detach().clone(),), None)
-
-    def cancel(self, ticket: Any) -> None: ...
-    def returned(self, ticket: Any) -> None: ...
-    def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> None: ...
-    def end_step(self) -> None: ...
 
     def take(self) -> list[tuple[Site, torch.Tensor]]:
         values, self.values, self.armed = self.values, [], False

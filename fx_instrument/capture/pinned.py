@@ -102,6 +102,10 @@ class PinnedTransfer:
     def _is_free(self) -> bool:
         return len(self._waiting) <= _MAX_WAITING
 
+    def mark(self, device: torch.device) -> Event:
+        """As ``CopyEngine.mark``."""
+        return self._engine.mark(device)
+
     def start(self, values: Sequence[torch.Tensor], *, overwritten: bool = False) -> Landing:
         """Begin to copy ``values``, on the thread that ran their graph; ``order`` must be held.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from .cuda import CudaEngine
 from .drain import RECORD_OVERHEAD_BYTES, Drain, Writer
 from .engine import CopyEngine
 from .handover import Delivery
+from .inputs import StepInputs
 from .pinned import Landing
 from .progress import ProgressLine
 from .report import CaptureReport
@@ -90,11 +92,16 @@ class Session:
             tick=self._progress.tick if self._progress is not None else None,
         )
         self._handover = self._drain.handover
+        self._inputs = StepInputs(
+            reserve=self._reserve_inputs,
+            hand_over=self._hand_over,
+            cancel=self.cancel,
+            marks=self._transfer.marks,
+        )
         self._steps = Steps(writer.first_step)
         self._lock = threading.Lock()
         self._eager_records = 0
         self._dropped: dict[str, int] = {}
-        self._dropped_inputs = 0
         self._closed = self._ended = False
         self.has_delivered = False
         """Some value was delivered or dropped: known at once, while the report's records lag behind its steps."""
@@ -108,13 +115,26 @@ class Session:
 
     # -- the model's threads ------------------------------------------------------------------------------------
 
-    def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> Join:
+    def begin_step(self, inputs: Mapping[str, torch.Tensor], *, later: bool = False) -> Join:
+        """A forward call begins on this thread; how other threads deliver to it.
+
+        Args:
+            inputs: recorded as the step's, as they are now.
+            later: those of a device are handed over in ``send_inputs``, ``end_step`` at the latest, so that a device is
+                told to run a graph before.
+        """
+        self._inputs.send()
         number, join = self._steps.begin()
         if inputs and not self._closed:
-            self._record_inputs(number, inputs)
+            self._inputs.record(number, inputs, later=later)
         return join
 
+    def send_inputs(self) -> None:
+        """Hand over the inputs of the step that began last on this thread, if that was put off."""
+        self._inputs.send()
+
     def end_step(self) -> None:
+        self._inputs.send()
         self._steps.finish()
 
     def reserve(
@@ -158,6 +178,7 @@ class Session:
         """Room for what a graph leaves on ``device``: in the budget for ``total`` bytes, in the ring piece by piece."""
         admitted = self._transfer.admit(device_bytes, wait=False)
         if not admitted:
+            self._inputs.send_all()
             self._handover.seal()
             if not self._drop:
                 timeout_s = self._patience() if self._patience is not None else None
@@ -243,45 +264,23 @@ class Session:
     def _acquire(self, num_bytes: int, leave_bytes: int = 0) -> bool:
         if self._budget.acquire(num_bytes, wait=False, leave_bytes=leave_bytes):
             return True
+        self._inputs.send_all()
         self._handover.seal()
         if self._drop:
             return False
         timeout_s = self._patience() if self._patience is not None else None
         return self._budget.acquire(num_bytes, wait=True, timeout_s=timeout_s)
 
-    def _record_inputs(self, number: int, inputs: Mapping[str, torch.Tensor]) -> None:
-        device = device_of(list(inputs.values()))
-        total = sum(
-            (value.nbytes if value.device != device else 0) + RECORD_OVERHEAD_BYTES
-            for value in inputs.values()
-        )
-        if total > self._budget.limit_bytes and not self._drop and self._patience is None:
+    def _reserve_inputs(self, device: torch.device | None, num_bytes: int) -> Ticket:
+        if num_bytes > self._budget.limit_bytes and not self._drop and self._patience is None:
             raise BufferTooSmallError(
-                f"the integer inputs of a step take {total} bytes with their bookkeeping, but "
+                f"the integer inputs of a step take {num_bytes} bytes with their bookkeeping, but "
                 f"max_memory_gb={self._max_memory_bytes / 1e9:g} leaves the buffer {self._budget.limit_bytes} bytes"
             )
         if device is not None:
-            ticket = self._reserve_on(device, 0, total, overwritten=True)
-        else:
-            granted = self._acquire(total, leave_bytes=self._largest_run_bytes)
-            ticket = Ticket(total if granted else 0, dropped=not granted)
-        if ticket.dropped:
-            with self._lock:
-                self._dropped_inputs += 1
-            return
-        # The caller may change its inputs while the copies are on their way; what a device has is gathered there.
-        values = self._copied(
-            ticket,
-            lambda: [
-                value.detach()
-                if ticket.device is not None and value.device.type == ticket.device.type
-                else value.detach().clone(memory_format=torch.contiguous_format)
-                for value in inputs.values()
-            ],
-        )
-        self._hand_over(
-            ticket, Delivery(number, list(inputs), [0] * len(inputs), values, None, total, is_input=True)
-        )
+            return self._reserve_on(device, 0, num_bytes, overwritten=False)
+        granted = self._acquire(num_bytes, leave_bytes=self._largest_run_bytes)
+        return Ticket(num_bytes if granted else 0, dropped=not granted)
 
     def _count_dropped(self, names: Sequence[str]) -> None:
         with self._lock:
@@ -303,7 +302,7 @@ class Session:
     @property
     def dropped_inputs(self) -> int:
         """How many steps' integer inputs found no room so far."""
-        return self._dropped_inputs
+        return self._inputs.num_dropped
 
     @property
     def failure(self) -> BaseException | None:
@@ -323,7 +322,7 @@ class Session:
             raw_bytes=self._drain.raw_bytes,
             stored_bytes=self._writer.stored_bytes,
             dropped_records=sum(dropped.values()),
-            dropped_inputs=self._dropped_inputs,
+            dropped_inputs=self._inputs.num_dropped,
             stalled_seconds=(self._budget.stalled_ns + self._transfer.stalled_ns) / 1e9,
             eager_records=self._eager_records,
             achieved_gbps=self._drain.raw_bytes / stored_after / 1e9 if stored_after > 0 else 0.0,
@@ -344,7 +343,12 @@ class Session:
         """
         if self._ended:
             return
+        if not self._closed:
+            with contextlib.suppress(BufferTooSmallError):
+                # Of calls that Ctrl-C cut off.
+                self._inputs.send_all()
         self._closed = True
+        self._inputs.close()
         self._drain.end()
         self._writer.finish()
         self._stored_after = time.perf_counter() - self._started
@@ -367,6 +371,7 @@ class Session:
         if self._ended:
             return
         self._closed = self._ended = True
+        self._inputs.close()
         self._shut()
         self._drain.end()
         self._writer.abandon()
@@ -377,6 +382,8 @@ class Session:
         self._closed = self._ended = True
         self._duration = self._stored_after = time.perf_counter() - self._started
         self._lock = threading.Lock()
+        self._inputs.close()
+        self._inputs.forked()
         self._steps.forked()
         self._budget.forked()
         self._writer.forked()

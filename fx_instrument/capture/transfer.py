@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .engine import CopyEngine
+from .engine import CopyEngine, Event
 from .pinned import Landing, PinnedTransfer
 
 
@@ -47,6 +47,11 @@ class Transfer:
     def in_order(self, device: torch.device | None) -> AbstractContextManager[Any]:
         """Held around ``start`` and the hand-over of what it answers."""
         return nullcontext() if device is None else self._through_pinned().order
+
+    def marks(self, values: Sequence[torch.Tensor]) -> list[Event]:
+        """Where the streams that run the model on this thread stand now, on the devices of ``values``."""
+        devices = {value.device for value in values if value.device.type == "cuda"}
+        return [self._through_pinned().mark(device) for device in devices]
 
     def start(
         self, values: Sequence[torch.Tensor], *, overwritten: bool = False

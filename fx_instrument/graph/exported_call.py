@@ -103,7 +103,7 @@ class ExportedCall:
             gate.leave()
 
     def _capture(self, sink: Sink, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        sink.begin_step(checked(integer_inputs(self._input_names, args, kwargs)))
+        sink.begin_step(checked(integer_inputs(self._input_names, args, kwargs)), later=True)
         try:
             shapes = tuple(map(_shape_of, pytree.tree_leaves((args, kwargs))))
             num_bytes = self._sizes.get(shapes)
@@ -114,6 +114,7 @@ class ExportedCall:
                 if num_bytes is not None:
                     sink.cancel(ticket)
                 raise
+            sink.send_inputs()
             values, full_shapes = self._values(further)
             found = sum(value.nbytes for value in values)
             if num_bytes is None or num_bytes < found:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from .ops import op_of
 from .rewrite import Sampling
 from .roles import Role
 from .scope import seen_ops
+from .sink import Onlooker
 from .sites import Site
 
 TOLERANCES = {"float64": 1e-6, "float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1}
@@ -66,7 +67,7 @@ def eager_values(twin: nn.Module, sites: Sequence[Site]) -> Iterator[dict[tuple[
         yield values
 
 
-class ComparingSink:
+class ComparingSink(Onlooker):
     """Compares each captured value with the eager one as it comes, and lets both go."""
 
     def __init__(self, expected: dict[tuple[str, int], torch.Tensor], sampling: Sampling | None) -> None:
@@ -76,10 +77,6 @@ class ComparingSink:
         self._sampling = sampling
         self._found: dict[str, list[tuple[bool, float, float, str]]] = {}
 
-    def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> None: ...
-    def end_step(self) -> None: ...
-    def cancel(self, ticket: Any) -> None: ...
-    def returned(self, ticket: Any) -> None: ...
     def reserve(self, sites: Sequence[Site], num_bytes: int, **of_a_device: Any) -> None: ...
 
     def deliver(

@@ -17,8 +17,17 @@ Join = Callable[[], contextlib.AbstractContextManager[None]]
 class Sink(Protocol):
     """Where captured values go: an open capture. All methods may be called from several threads."""
 
-    def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> Join | None:
-        """A forward call of the model starts on this thread; how other threads deliver to it."""
+    def begin_step(self, inputs: Mapping[str, torch.Tensor], *, later: bool = False) -> Join | None:
+        """A forward call of the model starts on this thread; how other threads deliver to it.
+
+        Args:
+            inputs: the integer inputs of the call, as they are now.
+            later: those of a device need not be on their way before ``send_inputs``, which follows in any case, or
+                ``end_step``. A device that is told to run a graph first does not wait for it.
+        """
+
+    def send_inputs(self) -> None:
+        """Bring the inputs of the call that began last on this thread on their way, if that was put off."""
 
     def end_step(self) -> None:
         """The forward call that began last on this thread is over."""
@@ -61,3 +70,13 @@ class Sink(Protocol):
 
     def record_eager(self, site: Site, value: torch.Tensor) -> None:
         """Take a copy of a value that was computed outside any graph."""
+
+
+class Onlooker:
+    """What a sink leaves out that looks at values when they come: it needs no room, and tells no steps apart."""
+
+    def begin_step(self, inputs: Mapping[str, torch.Tensor], *, later: bool = False) -> None: ...
+    def send_inputs(self) -> None: ...
+    def end_step(self) -> None: ...
+    def cancel(self, ticket: Any) -> None: ...
+    def returned(self, ticket: Any) -> None: ...

@@ -15,10 +15,9 @@ running statistics) are copied for it, random states are put back.
 from __future__ import annotations
 
 import logging
-import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any
 from unittest import mock
@@ -29,14 +28,11 @@ from torch import fx
 from ..errors import RewriteError
 from .nested import copy_graph
 from .rewrite import Rewritten
+from .written import written_arguments
 
 log = logging.getLogger(__name__)
 
 Compiled = Callable[..., Any]
-_IN_PLACE = frozenset(
-    {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv}
-    | {operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ipow, operator.imod}
-)
 
 
 def compile_strictly(
@@ -78,7 +74,7 @@ def captures_alone(rewritten: Rewritten) -> fx.GraphModule:
         if (source := getattr(old, "_dynamo_source", None)) is not None:
             new._dynamo_source = source
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
-    written = _written_arguments(copied)
+    written = written_arguments(copied)
     output.args = (tuple(output.args[0][rewritten.num_outputs :]),)
     first = next(node for node in graph.nodes if node.op != "placeholder")
     for placeholder in written:
@@ -98,7 +94,7 @@ def captures_alone(rewritten: Rewritten) -> fx.GraphModule:
 
 def _refuse_overlaps(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     """RewriteError where arguments overlap that are written to: copied one by one, they would come apart."""
-    written = set(_written_arguments(gm))
+    written = set(written_arguments(gm))
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     by_storage: dict[int, list[tuple[Any, Any, bool]]] = {}
     for node, value in zip(placeholders, inputs, strict=True):
@@ -115,62 +111,6 @@ def _refuse_overlaps(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
                     "of its arguments or buffers share memory that it writes to, so their copies would differ: "
                     "capture without strict_numerics, or give the model tensors that don't overlap"
                 )
-
-
-def _written_arguments(gm: fx.GraphModule) -> list[fx.Node]:
-    """Arguments that the graph may write to, by the storage that they share with what is written."""
-    storages = {_storage(value) for node in gm.graph.nodes for value in _written(gm, node)} - {None}
-    found = []
-    for node in gm.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        value = node.meta.get("example_value")
-        if isinstance(value, torch.Tensor) and (_storage(node) in storages or _version(value) > 0):
-            found.append(node)
-    return found
-
-
-def _written(gm: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
-    """The arguments that a node writes to."""
-    nodes = [argument for argument in node.args if isinstance(argument, fx.Node)]
-    out = node.kwargs.get("out")
-    if isinstance(out, fx.Node):
-        yield out
-    target: Any = node.target
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    if node.op == "call_function" and isinstance(target, torch._ops.OpOverload):
-        for argument, value in zip(target._schema.arguments, node.args, strict=False):
-            if (
-                argument.alias_info is not None
-                and argument.alias_info.is_write
-                and isinstance(value, fx.Node)
-            ):
-                yield value
-    elif name in ("batch_norm", "instance_norm"):
-        yield from nodes[1:3]  # running statistics
-    elif node.op in ("call_function", "call_method") and nodes:
-        bodies = [getattr(gm, str(n.target), None) for n in nodes if n.op == "get_attr"]
-        if any(isinstance(body, fx.GraphModule) and _writes(body) for body in bodies):
-            yield from (argument for argument in nodes if argument.op != "get_attr")
-        in_place = name.endswith("_") and not name.endswith("__")
-        if target in _IN_PLACE or in_place or node.kwargs.get("inplace"):
-            yield nodes[0]
-
-
-def _writes(body: fx.GraphModule) -> bool:
-    return any(True for node in body.graph.nodes for _ in _written(body, node))
-
-
-def _storage(node: fx.Node) -> int | None:
-    value = node.meta.get("example_value")
-    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
-        return None
-    cdata: int = value.untyped_storage()._cdata
-    return cdata
-
-
-def _version(value: torch.Tensor) -> int:
-    return 0 if value.is_inference() else value._version
 
 
 def _is_on_cuda(value: object) -> bool:

@@ -20,6 +20,7 @@ from .attach import Attachment, isolation
 from .backend import CaptureBackend, CapturedGraph, SiteFinder
 from .counting import positional_names
 from .rewrite import Sampling
+from .sink import Onlooker
 from .sites import Site
 from .twin import copied, same_random_state, undisturbed
 
@@ -74,7 +75,7 @@ class Traced:
     """Name in a symbolic shape -> where it comes from and its size here."""
 
 
-class TraceSink:
+class TraceSink(Onlooker):
     """Takes the values of one traced call: counts them and shows each to ``keep``, holds on to none."""
 
     def __init__(self, sampling: Sampling | None, keep: Callable[[Site, torch.Tensor], None]) -> None:
@@ -85,11 +86,6 @@ class TraceSink:
         self._sampling = sampling
         self._keep = keep
         self._thread = threading.get_ident()
-
-    def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> None: ...
-    def end_step(self) -> None: ...
-    def cancel(self, ticket: Any) -> None: ...
-    def returned(self, ticket: Any) -> None: ...
 
     def reserve(self, sites: Sequence[Site], num_bytes: int, **of_a_device: Any) -> None:
         self.largest_run_bytes = max(self.largest_run_bytes, num_bytes)

@@ -71,7 +71,7 @@ class Router:
 
     # -- the sink -----------------------------------------------------------------------------------------------
 
-    def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> Join:
+    def begin_step(self, inputs: Mapping[str, torch.Tensor], *, later: bool = False) -> Join:
         mine = self._mine
         if mine.lane is not None:
             # The call before was cut off by an exception inside one compiled function.
@@ -87,10 +87,12 @@ class Router:
             lane = mine.lane = self._files.enter()
             if lane is not None:
                 with self._shielded(lane):
-                    in_session = self._begin(lane, inputs, request)
+                    in_session = self._begin(lane, inputs, request, later)
         return functools.partial(self._joined, mine.lane, request, in_session)
 
-    def _begin(self, lane: Lane, inputs: Mapping[str, torch.Tensor], request: Request | None) -> Join:
+    def _begin(
+        self, lane: Lane, inputs: Mapping[str, torch.Tensor], request: Request | None, later: bool
+    ) -> Join:
         session, sourced = lane.session, self._sourced
         runs: list[TaggedRun] = []
         if request is not None:
@@ -99,12 +101,12 @@ class Router:
             runs = sourced.runs()
         self._mine.runs = runs
         if not runs:
-            return session.begin_step(inputs)
+            return session.begin_step(inputs, later=later)
         with self._lock:
             named = set(lane.introduced)
             noted = tagged(inputs, runs, lane.introduced)
         lost = session.dropped_inputs
-        in_session = session.begin_step(noted)
+        in_session = session.begin_step(noted, later=later)
         if session.dropped_inputs != lost:
             # The names may have found no room: say them again with the next step.
             with self._lock:
@@ -124,6 +126,12 @@ class Router:
                 yield
         finally:
             mine.in_step, mine.lane, mine.request = False, None, None
+
+    def send_inputs(self) -> None:
+        lane = self._mine.lane
+        if lane is not None:
+            with self._shielded(lane):
+                lane.session.send_inputs()
 
     def end_step(self) -> None:
         mine = self._mine

@@ -1,0 +1,84 @@
+"""Which of its arguments a traced graph writes to."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+
+_IN_PLACE = frozenset(
+    {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv}
+    | {operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ipow, operator.imod}
+)
+
+
+def written_arguments(gm: fx.GraphModule) -> list[fx.Node]:
+    """Arguments that the graph may write to, by the storage that they share with what is written."""
+    storages = {_storage(value) for node in gm.graph.nodes for value in _written(gm, node)} - {None}
+    found = []
+    for node in gm.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor) and (_storage(node) in storages or _version(value) > 0):
+            found.append(node)
+    return found
+
+
+def _written(gm: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
+    """The arguments that a node writes to, or may."""
+    target: Any = node.target
+    nodes = [argument for argument in node.args if isinstance(argument, fx.Node)]
+    out = node.kwargs.get("out")
+    if isinstance(out, fx.Node):
+        yield out
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if node.op == "call_function" and isinstance(target, HigherOrderOperator):
+        found = [getattr(gm, str(n.target), None) for n in node.all_input_nodes if n.op == "get_attr"]
+        bodies = [body for body in found if isinstance(body, fx.GraphModule)]
+        # A Triton kernel of the model's own has no body that is a graph.
+        if not bodies or any(map(_writes, bodies)):
+            yield from (argument for argument in node.all_input_nodes if argument.op != "get_attr")
+    elif node.op == "call_function" and isinstance(target, (OpOverload, OpOverloadPacket)):
+        overloads = [target] if isinstance(target, OpOverload) else _overloads(target)
+        for overload in overloads:
+            yield from _written_by(overload._schema, node)
+    elif name in ("batch_norm", "instance_norm"):
+        yield from nodes[1:3]  # running statistics
+    elif node.op in ("call_function", "call_method") and nodes:
+        in_place = name.endswith("_") and not name.endswith("__")
+        if target in _IN_PLACE or in_place or node.kwargs.get("inplace"):
+            yield nodes[0]
+
+
+def _overloads(packet: OpOverloadPacket) -> list[OpOverload]:
+    names: list[str] = packet.overloads()  # type: ignore[no-untyped-call]
+    return [getattr(packet, name) for name in names]
+
+
+def _written_by(schema: torch.FunctionSchema, node: fx.Node) -> Iterator[fx.Node]:
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            values = value if isinstance(value, (tuple, list)) else (value,)
+            yield from (value for value in values if isinstance(value, fx.Node))
+
+
+def _writes(body: fx.GraphModule) -> bool:
+    return any(True for node in body.graph.nodes for _ in _written(body, node))
+
+
+def _storage(node: fx.Node) -> int | None:
+    value = node.meta.get("example_value")
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        return None
+    cdata: int = value.untyped_storage()._cdata
+    return cdata
+
+
+def _version(value: torch.Tensor) -> int:
+    return 0 if value.is_inference() else value._version
