@@ -37,6 +37,7 @@ class Value:
 
     def __init__(self, host: torch.Tensor) -> None:
         self.host = host
+        self.is_cuda, self.is_cpu = True, False
         self.device, self.dtype, self.shape, self.nbytes = DEVICE, host.dtype, host.shape, host.nbytes
 
     def numel(self) -> int:
@@ -106,6 +107,7 @@ def measure(layers: int, batch: int, width: int, steps: int) -> dict[str, float]
     names = ("input_ids", "position_ids")
     inputs: Any = {name: Value(torch.zeros(batch, 1, dtype=torch.int64)) for name in names}
     num_bytes = sum(value.nbytes for value in values)
+    alike = object()
     spent = {"begin": 0, "reserve": 0, "inputs": 0, "deliver": 0, "drain": 0}
     write = Drain._write
 
@@ -121,7 +123,9 @@ def measure(layers: int, batch: int, width: int, steps: int) -> dict[str, float]
             times = [time.thread_time_ns()]
             session.begin_step(inputs, later=True)
             times.append(time.thread_time_ns())
-            ticket = session.reserve(sites, 0, device=DEVICE, device_bytes=num_bytes, replays=True)
+            ticket = session.reserve(
+                sites, 0, device=DEVICE, device_bytes=num_bytes, replays=True, alike=alike
+            )
             times.append(time.thread_time_ns())
             session.send_inputs()
             times.append(time.thread_time_ns())

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from .capture.layout import device_of
 from .capture.session import Session
-from .capture.transfer import device_of
 from .errors import InstrumentationError
 from .graph.sink import Onlooker
 from .graph.sites import Site

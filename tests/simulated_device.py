@@ -27,6 +27,7 @@ class Value:
 
     def __init__(self, device: Device, memory: Memory, owns: bool, on: torch.device = DEVICE) -> None:
         self.device, self.dtype = on, memory.data.dtype
+        self.is_cuda, self.is_cpu = True, False
         self.memory = memory
         self.nbytes, self.shape = memory.data.nbytes, memory.data.shape
         self._owns = owns

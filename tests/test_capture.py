@@ -6,7 +6,7 @@ import io
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fx_instrument import BufferTooSmallError, CaptureFailedError, open_stream
 from fx_instrument.capture.budget import HostBudget
 from fx_instrument.capture.drain import RECORD_OVERHEAD_BYTES
-from fx_instrument.capture.layout import host_bytes
+from fx_instrument.capture.layout import Kinds, host_bytes
 from fx_instrument.capture.session import Session
 from fx_instrument.graph.sites import Site
 from fx_instrument.stream.records import RecordMeta
@@ -265,7 +265,7 @@ def test_a_copy_that_fails_gives_its_room_back(
 
     opened = session(HeldWriter(), limit=2 * (400 + RECORD_OVERHEAD_BYTES), sampling=sampling)
     with monkeypatch.context() as patched:
-        for method in ("clone", "index_select"):
+        for method in ("clone", "index_select", "numpy"):
             patched.setattr(torch.Tensor, method, fail)
         with pytest.raises(torch.OutOfMemoryError):
             opened.record_eager(A, torch.ones(100))
@@ -486,3 +486,46 @@ def test_values_of_many_runs_are_packed(tmp_path: Path) -> None:
             assert torch.equal(stream.read("a", step=step, call=0), torch.full((2, 8), float(step)))
             assert torch.equal(stream.read("b", step=step, call=0), torch.full((2, 8), -float(step)))
             assert torch.equal(stream.read("a", step=step, call=1), torch.full((100_000,), float(step)))
+
+
+def test_runs_that_are_alike_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes and dtypes of the first run stand for all; each graph has its own, steps of others in between."""
+    looked: list[int] = []
+    of = Kinds.of
+
+    def counted(values: Sequence[torch.Tensor]) -> Kinds:
+        looked.append(len(values))
+        return of(values)
+
+    monkeypatch.setattr(Kinds, "of", counted)
+    writer = StreamWriter(tmp_path / "o.stream", metadata={}, codec="none", num_workers=1)
+    opened = session(writer, limit=100_000_000)
+    small, large = object(), object()
+    for step in range(8):
+        opened.begin_step({})
+        for alike, shape in ((small, (2, 8)), (large, (70_000,))):
+            values = [torch.full(shape, float(step)), torch.full(shape, -float(step))]
+            ticket = opened.reserve((A, B), sum(value.nbytes for value in values), alike=alike)
+            opened.deliver(ticket, (A, B), values, None)
+        opened.end_step()
+    opened.close()
+    assert looked == [2, 2]
+    with open_stream(tmp_path / "o.stream") as stream:
+        for step in range(8):
+            assert torch.equal(stream.read("b", step=step, call=0), torch.full((2, 8), -float(step)))
+            assert torch.equal(stream.read("a", step=step, call=1), torch.full((70_000,), float(step)))
+
+
+def test_runs_that_are_not_alike_end_the_capture() -> None:
+    """Whatever made a graph with fixed shapes run with others: no value gets the shape of another."""
+    writer = StreamWriter(None, metadata={}, codec="none", num_workers=1)
+    opened = session(writer, limit=100_000_000)
+    alike = object()
+    for length in (2, 3):
+        values = [torch.ones(length, 8), torch.ones(length, 8)]
+        opened.begin_step({})
+        ticket = opened.reserve((A, B), sum(value.nbytes for value in values), alike=alike)
+        opened.deliver(ticket, (A, B), values, None)
+        opened.end_step()
+    with pytest.raises(CaptureFailedError, match="leave 256 bytes of values left 320"):
+        opened.close()

@@ -27,6 +27,7 @@ from fx_instrument import (
     RewriteError,
     open_stream,
 )
+from fx_instrument.capture.session import Session
 from fx_instrument.graph import marker
 from fx_instrument.graph.marker import step_begin, step_end, tap
 from fx_instrument.stream.records import DTYPES
@@ -596,3 +597,25 @@ def test_switching_while_other_threads_run_the_model() -> None:
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_whether_runs_are_alike_is_known(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph of fixed shapes says so of its runs, and no other graph says the same."""
+    said: list[object] = []
+    reserve = Session.reserve
+
+    def noting(session: Session, *args: Any, alike: object = None, **named: Any) -> Any:
+        said.append(alike)
+        return reserve(session, *args, alike=alike, **named)
+
+    monkeypatch.setattr(Session, "reserve", noting)
+    model = make(PLAIN)
+    framework = instrumented(model, backend="aot_eager", dynamic=dynamic)
+    with torch.no_grad(), framework.capture_activations(None):
+        for length in (4, 4, 6, 4):
+            model(tokens(2, length))
+    if dynamic:
+        assert said == [None] * 4
+    else:
+        assert said[0] is said[1] is said[3] and None not in said and said[2] is not said[0]

@@ -14,7 +14,7 @@ import torch
 
 from .budget import HostBudget
 from .handover import Delivery, Handover
-from .layout import host_bytes
+from .layout import Kinds, host_bytes
 from .packing import Packer, Part, Plan, Records, join
 from .pinned import Arrival, Room
 
@@ -147,6 +147,11 @@ class Drain:
         else:
             site_ids = self._ids_of(delivery.names)
         landing = delivery.landing
+        if delivery.copied is not None:
+            for site_id, (dtype, shape, data) in zip(site_ids, delivery.copied, strict=True):
+                release = _Release(self._budget, RECORD_OVERHEAD_BYTES + len(data))
+                self._put_record(delivery.step, site_id, 0, dtype, shape, None, data, release)
+            return
         if landing is None:
             self._put(delivery, site_ids, delivery.values)
             return
@@ -169,28 +174,28 @@ class Drain:
     def _put(self, delivery: Delivery, site_ids: Sequence[int], values: list[torch.Tensor]) -> None:
         """Bring the records of a delivery that was on the host all along to the writer."""
         counted, calls, full_shapes = delivery.num_bytes, delivery.calls, delivery.full_shapes
-        dtypes, shapes = [value.dtype for value in values], [value.shape for value in values]
-        if not delivery.is_input:
-            plan = self._packer.plan(Records(site_ids, calls, dtypes, shapes, full_shapes))
-            if plan is not None:
-                self._pack(_Waiting(delivery, plan, values, counted))
-                return
-            # Records of a site stay in the order of their steps.
-            self._store_group()
-            self.records += len(values)
-            self.raw_bytes += sum(value.nbytes for value in values)
+        kinds = delivery.kinds if delivery.kinds is not None else Kinds.of(values)
+        plan = self._packer.plan(Records(site_ids, calls, kinds.dtypes, kinds.shapes, full_shapes))
+        if plan is not None:
+            self._pack(_Waiting(delivery, plan, values, counted))
+            return
+        # Records of a site stay in the order of their steps.
+        self._store_group()
+        self.records += len(values)
+        self.raw_bytes += sum(value.nbytes for value in values)
         values.reverse()
         for index in range(len(values)):
             # Not held here any longer: a value that is not contiguous is copied, and goes then.
             value = values.pop()
             share = RECORD_OVERHEAD_BYTES + value.nbytes
             counted -= share
-            data = host_bytes(value)
+            data, dtype, shape = host_bytes(value), value.dtype, value.shape
             del value
             full_shape = full_shapes[index] if full_shapes is not None else None
-            kind = dtypes[index], shapes[index], full_shape
             release = _Release(self._budget, share)
-            self._put_record(delivery.step, site_ids[index], calls[index], *kind, data, release)
+            self._put_record(
+                delivery.step, site_ids[index], calls[index], dtype, shape, full_shape, data, release
+            )
         if counted:
             self._budget.release(counted)
 

@@ -7,8 +7,11 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from .layout import Kinds
 from .pinned import Landing
 
 _WAKE_BYTES = 1 << 20
@@ -25,12 +28,16 @@ class Delivery:
     names: Sequence[str]
     calls: Sequence[int]
     values: list[torch.Tensor]
-    """On the host; empty where ``landing`` brings them."""
+    """On the host; empty where ``landing`` brings them, and of inputs that were ``copied``."""
     full_shapes: Sequence[tuple[int, ...]] | None
     num_bytes: int
     """Counted in for them: their bytes where they are on the host, and their bookkeeping."""
     is_input: bool = False
     landing: Landing | None = None
+    kinds: Kinds | None = None
+    """What is known of the values."""
+    copied: list[tuple[torch.dtype, torch.Size, npt.NDArray[np.uint8]]] | None = None
+    """Inputs that were on the host: dtype, shape and bytes of each."""
 
 
 class Handover:

@@ -11,8 +11,8 @@ import torch
 from .drain import RECORD_OVERHEAD_BYTES
 from .engine import Event
 from .handover import Delivery
+from .layout import copied_bytes, device_of
 from .ticket import Ticket
-from .transfer import device_of
 
 
 class _Unsent(NamedTuple):
@@ -54,25 +54,28 @@ class StepInputs:
 
     def record(self, step: int, inputs: Mapping[str, torch.Tensor], *, later: bool) -> None:
         """Take a copy of a step's inputs, and hand it over; ``later``: in ``send``, if it comes from a device."""
-        device = device_of(list(inputs.values()))
-        num_bytes = sum(
-            (value.nbytes if value.device != device else 0) + RECORD_OVERHEAD_BYTES
-            for value in inputs.values()
-        )
+        values = list(inputs.values())
+        device = device_of(values)
+        num_bytes = len(values) * RECORD_OVERHEAD_BYTES
+        num_bytes += sum(value.nbytes for value in values if not value.is_cuda)
         ticket = self._reserve(device, num_bytes)
         if ticket.dropped:
             self._drop()
             return
+        delivery = Delivery(step, list(inputs), [0] * len(values), [], None, num_bytes, is_input=True)
+        made = None
         try:
             # The model, and then its caller, may change them.
-            values = [
-                value.detach().clone(memory_format=torch.contiguous_format) for value in inputs.values()
-            ]
-            made = self._marks(values) if later and device is not None else None
+            if device is None:
+                delivery.copied = [(value.dtype, value.shape, copied_bytes(value)) for value in values]
+            else:
+                delivery.values = [
+                    value.detach().clone(memory_format=torch.contiguous_format) for value in values
+                ]
+                made = self._marks(delivery.values) if later else None
         except BaseException:
             self._cancel(ticket)
             raise
-        delivery = Delivery(step, list(inputs), [0] * len(inputs), values, None, num_bytes, is_input=True)
         if made is None:
             self._hand_over(ticket, delivery)
         else:

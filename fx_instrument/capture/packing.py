@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..errors import CaptureFailedError
 from .layout import host_bytes
 
 _SMALL_BYTES = 32 << 10
@@ -36,6 +37,8 @@ class Plan(NamedTuple):
     """Of the values; None if they stay as they come."""
     num_bytes: int
     dtype: torch.dtype
+    shape: torch.Size | None
+    """Of each value; None if they differ."""
 
 
 class Part(NamedTuple):
@@ -120,7 +123,10 @@ class Packer:
         if not 0 < num_bytes <= min(self.max_bytes, _SMALL_BYTES * num_values):
             return None
         layout, order = self._layout(records)
-        return Plan(layout, order, num_bytes, dtype)
+        first = records.shapes[0]
+        return Plan(
+            layout, order, num_bytes, dtype, first if records.shapes.count(first) == num_values else None
+        )
 
     def _divide(self, records: Records) -> Sequence[Part]:
         dtype = _float_of_all(records)
@@ -172,10 +178,12 @@ def join(packs: Sequence[tuple[Plan, Sequence[torch.Tensor]]]) -> list[npt.NDArr
     ordered: list[torch.Tensor] = []
     for plan, values in packs:
         ordered += values if plan.order is None else [values[index] for index in plan.order]
-    first = ordered[0].shape
-    if not first or any(value.shape != first for value in ordered):
+    shape = packs[0][0].shape
+    if not shape or any(plan.shape != shape for plan, _ in packs):
         ordered = [value.reshape(-1) for value in ordered]
     with torch.no_grad():
         data = host_bytes(torch.cat(ordered))
     starts = list(itertools.accumulate((plan.num_bytes for plan, _ in packs), initial=0))
+    if len(data) != starts[-1]:
+        raise CaptureFailedError(f"graph runs that leave {starts[-1]} bytes of values left {len(data)}")
     return [data[start:stop] for start, stop in itertools.pairwise(starts)]

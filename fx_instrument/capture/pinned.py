@@ -29,7 +29,7 @@ import torch
 
 from ..errors import BufferTooSmallError
 from .engine import CopyEngine, Event, Place
-from .layout import Layout, RunLayout, host_bytes, lay_out
+from .layout import Kinds, Layout, RunLayout, host_bytes, lay_out
 from .ring import ALIGNMENT, Ring, Span
 
 _MAX_WAITING = 1
@@ -106,16 +106,19 @@ class PinnedTransfer:
         """As ``CopyEngine.mark``."""
         return self._engine.mark(device)
 
-    def start(self, values: Sequence[torch.Tensor], *, overwritten: bool = False) -> Landing:
+    def start(
+        self, values: Sequence[torch.Tensor], kinds: Kinds | None = None, *, overwritten: bool = False
+    ) -> Landing:
         """Begin to copy ``values``, on the thread that ran their graph; ``order`` must be held.
 
         Args:
+            kinds: what is known of them.
             overwritten: the values lie in memory that is written again while they are on their way.
 
         Raises:
             BufferTooSmallError: a value alone is larger than the ring; nothing was begun.
         """
-        layout = self._layout(values, overwritten)
+        layout = self._layout(values, kinds, overwritten)
         if layout.largest_bytes > self.ring.capacity_bytes:
             raise BufferTooSmallError(
                 f"a captured tensor of {layout.largest_bytes} bytes is larger than the pinned buffer of "
@@ -147,14 +150,16 @@ class PinnedTransfer:
         if not landing.is_started:
             self._waiting.append(landing)
 
-    def _layout(self, values: Sequence[torch.Tensor], overwritten: bool) -> RunLayout:
+    def _layout(self, values: Sequence[torch.Tensor], kinds: Kinds | None, overwritten: bool) -> RunLayout:
         """Runs of one graph differ in their values alone, so it is made once for each."""
-        key = (
-            overwritten,
-            *[value.shape for value in values],
-            *[value.dtype for value in values],
-            *[value.device for value in values],
-        )
+        key: tuple[Any, ...] = (overwritten, kinds)
+        if kinds is None:
+            key = (
+                overwritten,
+                *[value.shape for value in values],
+                *[value.dtype for value in values],
+                *[value.device for value in values],
+            )
         layout = self._layouts.get(key)
         if layout is None:
             if len(self._layouts) >= _MAX_LAYOUTS:

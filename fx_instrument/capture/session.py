@@ -19,18 +19,20 @@ from .drain import RECORD_OVERHEAD_BYTES, Drain, Writer
 from .engine import CopyEngine
 from .handover import Delivery
 from .inputs import StepInputs
+from .layout import Kinds, device_of
 from .pinned import Landing
 from .progress import ProgressLine
 from .report import CaptureReport
 from .steps import Join, SiteLike, Steps
 from .ticket import Ticket
-from .transfer import Transfer, device_of
+from .transfer import Transfer
 
 _T = TypeVar("_T")
 _PACKING_FROM_BYTES = 1 << 20
 """A buffer below this packs nothing: a sixteenth of it would take no graph run."""
 _PINNED_SHARE = 7 / 8
 """Of the buffer, once values come from a device: the rest counts the bookkeeping of records, and inputs."""
+_MAX_KINDS = 256
 
 
 class Session:
@@ -100,6 +102,7 @@ class Session:
         )
         self._steps = Steps(writer.first_step)
         self._lock = threading.Lock()
+        self._kinds: dict[object, Kinds] = {}
         self._eager_records = 0
         self._dropped: dict[str, int] = {}
         self._closed = self._ended = False
@@ -146,9 +149,11 @@ class Session:
         device_bytes: int = 0,
         replays: bool = False,
         early: bool = False,
+        alike: object = None,
     ) -> Ticket:
+        ticket = Ticket(early=early, alike=alike)
         if self._closed:
-            return Ticket(0, dropped=True)
+            return ticket
         total = num_bytes + len(sites) * RECORD_OVERHEAD_BYTES
         needed = 2 * total if self._drop else total
         if needed > self._budget.limit_bytes and self._patience is None:
@@ -160,32 +165,32 @@ class Session:
                 f"or samples"
             )
         if device is not None:
-            return self._reserve_on(device, device_bytes, total, overwritten=replays)
-        if not self._drop or needed > self._budget.limit_bytes:
-            granted = self._acquire(total)
-            return Ticket(total if granted else 0, dropped=not granted, early=early)
-        # The graph computes its values, dropped or not. So room for another run of the largest that there was is
-        # left free, and a run that is dropped takes it until it is over.
-        with self._lock:
-            leave = self._largest_run_bytes = max(self._largest_run_bytes, total)
+            ticket.device, ticket.overwritten = device, replays
+            if self._admit(device_bytes) and self._acquire(total):
+                ticket.grant(total)
+            return ticket
+        leave = 0
+        if self._drop and needed <= self._budget.limit_bytes:
+            # The graph computes its values, dropped or not. So room for another run of the largest that there was is
+            # left free, and a run that is dropped takes it until it is over.
+            with self._lock:
+                leave = self._largest_run_bytes = max(self._largest_run_bytes, total)
         if self._acquire(total, leave_bytes=leave):
-            return Ticket(total, dropped=False, early=early)
-        return Ticket(total if self._budget.acquire(total, wait=True) else 0, dropped=True, early=early)
+            ticket.grant(total)
+        elif leave and self._budget.acquire(total, wait=True):
+            ticket.num_bytes = total
+        return ticket
 
-    def _reserve_on(
-        self, device: torch.device, device_bytes: int, total: int, *, overwritten: bool
-    ) -> Ticket:
-        """Room for what a graph leaves on ``device``: in the budget for ``total`` bytes, in the ring piece by piece."""
-        admitted = self._transfer.admit(device_bytes, wait=False)
-        if not admitted:
-            self._inputs.send_all()
-            self._handover.seal()
-            if not self._drop:
-                timeout_s = self._patience() if self._patience is not None else None
-                admitted = self._transfer.admit(device_bytes, wait=True, timeout_s=timeout_s)
-        if not admitted or not self._acquire(total):
-            return Ticket(0, dropped=True)
-        return Ticket(total, dropped=False, device=device, overwritten=overwritten)
+    def _admit(self, device_bytes: int) -> bool:
+        """Whether a graph may leave so much on a device, from where it goes into the ring piece by piece."""
+        if self._transfer.admit(device_bytes, wait=False):
+            return True
+        self._inputs.send_all()
+        self._handover.seal()
+        if self._drop:
+            return False
+        timeout_s = self._patience() if self._patience is not None else None
+        return self._transfer.admit(device_bytes, wait=True, timeout_s=timeout_s)
 
     def cancel(self, ticket: Ticket) -> None:
         if ticket.num_bytes:
@@ -213,13 +218,29 @@ class Session:
             # The caller of this holds the values for a moment more.
             self.cancel(ticket)
             return
-        self._hand_over(ticket, Delivery(number, names, calls, list(values), full_shapes, ticket.num_bytes))
+        delivery = Delivery(number, names, calls, list(values), full_shapes, ticket.num_bytes)
+        if ticket.alike is not None:
+            delivery.kinds = self._kinds_of(ticket.alike, values)
+        self._hand_over(ticket, delivery)
+
+    def _kinds_of(self, alike: object, values: Sequence[torch.Tensor]) -> Kinds:
+        kinds = self._kinds.get(alike)
+        if kinds is None:
+            if len(self._kinds) >= _MAX_KINDS:
+                self._kinds.clear()
+            kinds = self._kinds[alike] = Kinds.of(values)
+        return kinds
 
     def _hand_over(self, ticket: Ticket, delivery: Delivery) -> None:
         """Start the values of ``delivery`` on their way and tell the drain thread."""
+        if delivery.copied is not None:
+            self._handover.put(delivery)
+            return
         try:
             with self._transfer.in_order(ticket.device):
-                started = self._transfer.start(delivery.values, overwritten=ticket.overwritten)
+                started = self._transfer.start(
+                    delivery.values, delivery.kinds, overwritten=ticket.overwritten
+                )
                 if isinstance(started, Landing):
                     delivery.landing, delivery.values = started, []
                 else:
@@ -277,10 +298,11 @@ class Session:
                 f"the integer inputs of a step take {num_bytes} bytes with their bookkeeping, but "
                 f"max_memory_gb={self._max_memory_bytes / 1e9:g} leaves the buffer {self._budget.limit_bytes} bytes"
             )
-        if device is not None:
-            return self._reserve_on(device, 0, num_bytes, overwritten=False)
-        granted = self._acquire(num_bytes, leave_bytes=self._largest_run_bytes)
-        return Ticket(num_bytes if granted else 0, dropped=not granted)
+        ticket = Ticket(device=device)
+        leave = self._largest_run_bytes if device is None else 0
+        if (device is None or self._admit(0)) and self._acquire(num_bytes, leave_bytes=leave):
+            ticket.grant(num_bytes)
+        return ticket
 
     def _count_dropped(self, names: Sequence[str]) -> None:
         with self._lock:

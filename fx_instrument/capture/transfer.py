@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .engine import CopyEngine, Event
+from .layout import Kinds, device_of
 from .pinned import Landing, PinnedTransfer
 
 
@@ -54,11 +55,12 @@ class Transfer:
         return [self._through_pinned().mark(device) for device in devices]
 
     def start(
-        self, values: Sequence[torch.Tensor], *, overwritten: bool = False
+        self, values: Sequence[torch.Tensor], kinds: Kinds | None = None, *, overwritten: bool = False
     ) -> Landing | list[torch.Tensor]:
         """Begin moving ``values``; called on the thread that ran the graph, right after it.
 
         Args:
+            kinds: what is known of them.
             overwritten: as for ``PinnedTransfer.start``, of values on a device.
 
         Returns:
@@ -67,9 +69,11 @@ class Transfer:
         Raises:
             BufferTooSmallError: as ``PinnedTransfer.start``.
         """
-        if device_of(values) is None:
-            return [value if value.device.type == "cpu" else value.cpu() for value in values]
-        return self._through_pinned().start(values, overwritten=overwritten)
+        if (kinds.device if kinds is not None else device_of(values)) is not None:
+            return self._through_pinned().start(values, kinds, overwritten=overwritten)
+        if kinds is not None and kinds.are_on_host:
+            return list(values)
+        return [value if value.is_cpu else value.cpu() for value in values]
 
     def shut(self) -> None:
         """Let nothing wait any more: what would make room has failed."""
@@ -93,8 +97,3 @@ class Transfer:
                         pinned.shut()
                     self._pinned = pinned
         return self._pinned
-
-
-def device_of(values: Sequence[torch.Tensor]) -> torch.device | None:
-    """Where a graph's values come from through pinned memory; None where they don't."""
-    return next((value.device for value in values if value.device.type == "cuda"), None)

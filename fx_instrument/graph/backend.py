@@ -185,6 +185,8 @@ class CapturedGraph:
         self._input_names, self._inputs = rewritten.input_names, rewritten.inputs
         kept = [planned.kept for planned in rewritten.planned]
         self._device = next((value.device for value in kept if value.device.type == "cuda"), None)
+        self._is_fixed = all(isinstance(size, int) for value in kept for size in value.shape)
+        """Whether values have the same shapes in every run."""
         self._replays = replays
         self._ran = False
         # What stays on a device needs no room on the host before it is on its way there.
@@ -233,6 +235,7 @@ class CapturedGraph:
         if self._full_shapes is not None:
             full_shapes = self._full_shapes(args)
         num_bytes = self._num_bytes(args) if self._num_bytes is not None else None
+        alike = chosen if self._is_fixed else None
         ticket = None
         if self._device is not None:
             device_bytes = self._device_bytes(args) if self._device_bytes is not None else 0
@@ -242,9 +245,10 @@ class CapturedGraph:
                 device=self._device,
                 device_bytes=device_bytes,
                 replays=self._replays,
+                alike=alike,
             )
         elif num_bytes is not None:
-            ticket = sink.reserve(sites, num_bytes, early=self._hands_over)
+            ticket = sink.reserve(sites, num_bytes, early=self._hands_over, alike=alike)
         if chosen.keep is not None and full_shapes is not None:
             full_shapes = [full_shapes[index] for index in chosen.keep]
         if self._hands_over and ticket is not None:
@@ -329,7 +333,7 @@ class CapturedGraph:
         return known
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Chosen:
     """Whose values one run of a graph delivers."""
 

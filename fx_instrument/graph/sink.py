@@ -41,6 +41,7 @@ class Sink(Protocol):
         device_bytes: int = 0,
         replays: bool = False,
         early: bool = False,
+        alike: object = None,
     ) -> Any:
         """Make room before a graph runs: waits, refuses, or answers that the values are to be dropped.
 
@@ -50,6 +51,8 @@ class Sink(Protocol):
             device: where the others are; None if there are none.
             device_bytes: of those; 0 where the data decides.
             replays: they may lie where the graph's next run writes.
+            alike: the same object for all runs whose values have the same shapes, dtypes and devices; None where they
+                may differ.
             early: they may be delivered while the graph still runs and holds them; ``returned`` follows in any case.
         """
 

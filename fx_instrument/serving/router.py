@@ -155,6 +155,7 @@ class Router:
         device_bytes: int = 0,
         replays: bool = False,
         early: bool = False,
+        alike: object = None,
     ) -> _Ticket | None:
         lane = self._enter_again()
         if lane is None:
@@ -167,6 +168,7 @@ class Router:
                 device_bytes=device_bytes,
                 replays=replays,
                 early=early,
+                alike=alike,
             )
             return _Ticket(lane, inner)
         self._files.leave(lane)
