@@ -123,7 +123,7 @@ class Session:
 
         Args:
             inputs: recorded as the step's, as they are now.
-            later: those of a device are handed over in ``send_inputs``, ``end_step`` at the latest, so that a device is
+            later: those of a device are handed over with the step's first values, or at its end, so that the device is
                 told to run a graph before.
         """
         self._inputs.send()
@@ -131,10 +131,6 @@ class Session:
         if inputs and not self._closed:
             self._inputs.record(number, inputs, later=later)
         return join
-
-    def send_inputs(self) -> None:
-        """Hand over the inputs of the step that began last on this thread, if that was put off."""
-        self._inputs.send()
 
     def end_step(self) -> None:
         self._inputs.send()
@@ -208,6 +204,7 @@ class Session:
         values: Sequence[torch.Tensor],
         full_shapes: Sequence[tuple[int, ...]] | None,
     ) -> None:
+        self._inputs.send()
         number, names, calls = self._steps.count(sites)
         self.has_delivered = True
         if ticket.early and ticket.num_bytes:
@@ -367,7 +364,7 @@ class Session:
             return
         if not self._closed:
             with contextlib.suppress(BufferTooSmallError):
-                # Of calls that Ctrl-C cut off.
+                # Of calls that were cut off.
                 self._inputs.send_all()
         self._closed = True
         self._inputs.close()

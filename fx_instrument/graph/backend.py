@@ -219,14 +219,7 @@ class CapturedGraph:
         if self._begins:
             named = zip(self._input_names, self._inputs, strict=True)
             calls.begin(sink, checked({name: args[index] for name, index in named}), later=True)
-        try:
-            return self._capture(args, sink)
-        finally:
-            if self._begins:
-                sink.send_inputs()
-
-    def _capture(self, args: Sequence[Any], session: Sink) -> Any:
-        sink = self._marker.calls.sink_here(session)
+        sink = calls.sink_here(sink)
         if sink is None:
             return self._compiled(*self._arguments(args))[: self._num_outputs]
         chosen = self._chosen(args)
@@ -271,8 +264,6 @@ class CapturedGraph:
         """The graph's outputs and the values among them; if it fails, their room is given back."""
         try:
             outputs = self._compiled(*self._arguments(args))
-            if self._device is not None:
-                sink.send_inputs()
             values = outputs[self._num_outputs : len(outputs) - self._hands_over]
             if not self._ran:
                 # Example values of quantised tensors have the dtype of what they were made from.

@@ -114,7 +114,6 @@ class ExportedCall:
                 if num_bytes is not None:
                     sink.cancel(ticket)
                 raise
-            sink.send_inputs()
             values, full_shapes = self._values(further)
             found = sum(value.nbytes for value in values)
             if num_bytes is None or num_bytes < found:

@@ -22,12 +22,9 @@ class Sink(Protocol):
 
         Args:
             inputs: the integer inputs of the call, as they are now.
-            later: those of a device need not be on their way before ``send_inputs``, which follows in any case, or
-                ``end_step``. A device that is told to run a graph first does not wait for it.
+            later: those of a device need not be on their way before the first values are delivered, or the step ends. A
+                device that is told to run a graph first does not wait for it.
         """
-
-    def send_inputs(self) -> None:
-        """Bring the inputs of the call that began last on this thread on their way, if that was put off."""
 
     def end_step(self) -> None:
         """The forward call that began last on this thread is over."""
@@ -79,7 +76,6 @@ class Onlooker:
     """What a sink leaves out that looks at values when they come: it needs no room, and tells no steps apart."""
 
     def begin_step(self, inputs: Mapping[str, torch.Tensor], *, later: bool = False) -> None: ...
-    def send_inputs(self) -> None: ...
     def end_step(self) -> None: ...
     def cancel(self, ticket: Any) -> None: ...
     def returned(self, ticket: Any) -> None: ...

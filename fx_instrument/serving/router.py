@@ -127,12 +127,6 @@ class Router:
         finally:
             mine.in_step, mine.lane, mine.request = False, None, None
 
-    def send_inputs(self) -> None:
-        lane = self._mine.lane
-        if lane is not None:
-            with self._shielded(lane):
-                lane.session.send_inputs()
-
     def end_step(self) -> None:
         mine = self._mine
         lane, mine.lane, mine.request, mine.in_step = mine.lane, None, None, False
