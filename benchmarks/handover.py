@@ -1,8 +1,9 @@
-"""What handing a step's values over costs the host, on a device that costs nothing: ``python -m benchmarks.handover``.
+"""What handing a decode step's values over costs the host: ``python -m benchmarks.handover``.
 
-Microseconds of each thread's CPU time for a decode step whose values a CUDA graph left on a device: on the thread that
-runs the model, and on the drain thread, which wants the interpreter's lock at the same time. The device is simulated:
-its copies and events do nothing, so what CUDA's own calls take comes on top, and what is captured are zeros.
+Microseconds of each thread's CPU time for a step: on the thread that runs the model, and on the drain thread, which
+wants the interpreter's lock at the same time. Values are a CPU graph's outputs, or what a CUDA graph left on a device.
+That device is simulated: its copies and events do nothing, so what CUDA's own calls take comes on top. What is captured
+are zeros, nothing is compressed.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Engine:
         return gathered
 
 
-def measure(layers: int, batch: int, width: int, steps: int) -> dict[str, float]:
+def measure(layers: int, batch: int, width: int, steps: int, *, on_device: bool) -> dict[str, float]:
     """CPU microseconds a step of attention and MLP of so many layers, bfloat16, and two integer inputs."""
     parts = ("self_attn", "attention"), ("mlp", "mlp")
     sites = tuple(Site(f"model.layers.{n}.{part}", role) for n in range(layers) for part, role in parts)
@@ -103,32 +104,35 @@ def measure(layers: int, batch: int, width: int, steps: int) -> dict[str, float]
         progress=False,
         make_engine=Engine,
     )
-    values: Any = [Value(torch.zeros(batch, 1, width, dtype=torch.bfloat16)) for _ in sites]
-    names = ("input_ids", "position_ids")
-    inputs: Any = {name: Value(torch.zeros(batch, 1, dtype=torch.int64)) for name in names}
-    num_bytes = sum(value.nbytes for value in values)
+    place: Any = Value if on_device else torch.clone
+    zeros = torch.zeros(batch, 1, width, dtype=torch.bfloat16)
+    inputs = {name: place(torch.zeros(batch, 1, dtype=torch.int64)) for name in ("input_ids", "position_ids")}
+    num_bytes = len(sites) * zeros.nbytes
+    room: dict[str, Any] = {"num_bytes": num_bytes}
+    if on_device:
+        room = {"num_bytes": 0, "device": DEVICE, "device_bytes": num_bytes, "replays": True}
     alike = object()
     spent = {"begin": 0, "reserve": 0, "deliver": 0, "drain": 0}
-    write = Drain._write
+    guarded = Drain._guarded
 
-    def timed(drain: Drain, delivery: Any) -> None:
+    def timed(drain: Drain, *call: Any) -> None:
         started = time.thread_time_ns()
-        write(drain, delivery)
+        guarded(drain, *call)
         spent["drain"] += time.thread_time_ns() - started
 
-    with mock.patch.object(Drain, "_write", timed):
+    with mock.patch.object(Drain, "_guarded", timed):
         for step in range(WARM_UP + steps):
             if step == WARM_UP:
                 spent.update(dict.fromkeys(spent, 0))
+            values = [place(zeros) for _ in sites]
             times = [time.thread_time_ns()]
             session.begin_step(inputs, later=True)
             times.append(time.thread_time_ns())
-            ticket = session.reserve(
-                sites, 0, device=DEVICE, device_bytes=num_bytes, replays=True, alike=alike
-            )
+            ticket = session.reserve(sites, alike=alike, **room)
             times.append(time.thread_time_ns())
             session.deliver(ticket, sites, values, None)
             session.end_step()
+            del values
             times.append(time.thread_time_ns())
             for name, begin, end in zip(spent, times, times[1:], strict=False):
                 spent[name] += end - begin
@@ -141,21 +145,22 @@ def measure(layers: int, batch: int, width: int, steps: int) -> dict[str, float]
 @click.option("--steps", default=1000, show_default=True)
 @click.option("--json", "output", type=click.Path(dir_okay=False, path_type=Path), help="Write figures here.")
 def main(steps: int, output: Path | None) -> None:
-    """What handing a decode step over costs the host, in CPU microseconds, on a device that costs nothing."""
+    """What handing a decode step over costs the host, in CPU microseconds."""
     torch.set_num_threads(1)
     rows = []
-    for title, layers, batch, width in (
-        ("4 layers of width 256, batch 4", 4, 4, 256),
-        ("30 layers of width 576, batch 4", 30, 4, 576),
-        ("32 layers of width 4096, batch 8", 32, 8, 4096),
-    ):
-        found = measure(layers, batch, width, steps)
-        rows.append({"model": title, "sites": 2 * layers, "microseconds": found})
-        before, model = found["begin"] + found["reserve"], sum(found.values()) - found["drain"]
-        print(
-            f"{title}: {model:.0f} us on the model's thread, {before:.0f} of them before its graph is told to run; "
-            f"{found['drain']:.0f} us on the drain thread"
-        )
+    for layers, batch, width in ((4, 4, 256), (30, 4, 576), (32, 8, 4096)):
+        for on_device in (False, True):
+            found = measure(layers, batch, width, steps, on_device=on_device)
+            model, where = (
+                f"{layers} layers of width {width}, batch {batch}",
+                "device" if on_device else "CPU",
+            )
+            rows.append({"model": model, "where": where, "sites": 2 * layers, "microseconds": found})
+            before, total = found["begin"] + found["reserve"], sum(found.values()) - found["drain"]
+            print(
+                f"{model}, {where}: {total:.0f} us on the model's thread, {before:.0f} of them before its graph is "
+                f"told to run; {found['drain']:.0f} us on the drain thread"
+            )
     if output is not None:
         result = {"cpu": processor(), "torch": torch.__version__, **versions(), "steps": steps, "rows": rows}
         output.write_text(json.dumps(result, indent=1) + "\n")

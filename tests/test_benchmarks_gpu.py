@@ -63,5 +63,6 @@ def test_the_hand_over_is_timed_without_a_device(tmp_path: Path) -> None:
     done = CliRunner().invoke(handover.main, ["--steps", "3", "--json", str(output)])
     assert done.exit_code == 0, done.output
     rows = json.loads(output.read_text())["rows"]
-    assert [row["sites"] for row in rows] == [8, 60, 64]
+    expected = [(sites, where) for sites in (8, 60, 64) for where in ("CPU", "device")]
+    assert [(row["sites"], row["where"]) for row in rows] == expected
     assert all(0 < value < 1e5 for row in rows for value in row["microseconds"].values())

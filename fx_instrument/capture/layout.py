@@ -116,13 +116,27 @@ def lay_out(values: Sequence[torch.Tensor], overwritten: bool, capacity_bytes: i
     return RunLayout(layouts, gathers, num_bytes, max(sizes, default=0), starts, begins)
 
 
+class _Memory:
+    """A contiguous host tensor's bytes, for NumPy; whose array keeps the tensor alive."""
+
+    __slots__ = ("__array_interface__", "_tensor")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        data = tensor.data_ptr(), False
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (tensor.nbytes,), "data": data}
+
+
 def host_bytes(value: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """The bytes of a host tensor in row-major order, 1-D; a view that keeps the tensor's memory alive."""
-    flat = value.detach().resolve_conj().contiguous().view(-1)
-    if flat.numel() == 0:
+    """The bytes of a host tensor in row-major order, 1-D; a view that keeps the tensor's memory alive.
+
+    As views of torch's, each of which lets go of the interpreter's lock, it would take several times as long.
+    """
+    if not value.is_contiguous() or value.is_neg() or (value.dtype.is_complex and value.is_conj()):
+        value = value.detach().resolve_conj().resolve_neg().contiguous()
+    if not value.numel():
         return np.zeros(0, np.uint8)
-    array: npt.NDArray[np.uint8] = flat.view(torch.uint8).numpy()
-    return array
+    return np.asarray(_Memory(value))
 
 
 def copied_bytes(value: torch.Tensor) -> npt.NDArray[np.uint8]:
