@@ -192,6 +192,18 @@ def test_intervals_hold_the_median() -> None:
     assert low <= median == float(np.median(values)) <= high
 
 
+def test_a_run_whose_time_is_up_keeps_whole_rounds() -> None:
+    """The first round is measured in any case, and no variant has one more than another."""
+    model = models.toy(torch.float32, "cpu", depth=1, width=32)
+    setup = variants.Setup(model, options={"backend": "eager"})
+    over = Options(dtype=torch.float32, device="cpu", rounds=5, quick=True, ends=0.0)
+    with torch.no_grad():
+        found = table(
+            [variants.compiled(setup), variants.plain(setup)], Workload("prefill", 2, 8, 1), model, over
+        )
+    assert found["rounds"] == 1 and all("time_ratio" in row for row in found["variants"].values())
+
+
 def test_a_block_that_compiles_says_so(tmp_path: Path) -> None:
     """What is compiled while a block is timed is counted: such a figure is not that of the compiled model."""
     model = models.toy(torch.float32, "cpu", depth=1, width=32)

@@ -6,6 +6,7 @@ import datetime
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 @click.option(
     "--rounds", type=click.IntRange(min=1), help="Interleaved rounds of each workload [5, with --quick 3]."
 )
+@click.option(
+    "--within",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Begin no round, workload or section after so many seconds; what was measured is kept.",
+)
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--device", help="cpu or cuda [cuda where there is one].")
 @click.option("--mode", help="torch.compile's mode for every compiled variant, e.g. reduce-overhead.")
@@ -62,6 +68,7 @@ def main(
     kinds: tuple[str, ...],
     names: tuple[str, ...],
     rounds: int | None,
+    within: float | None,
     dtype: str,
     device: str | None,
     mode: str | None,
@@ -92,6 +99,7 @@ def main(
         compile_options={"mode": mode} if mode else {},
         kinds=kinds,
         variants=names,
+        ends=time.monotonic() + within if within else None,
     )
     result = begin(output, bool(only), today, device, dtype)
     # Tables have a dozen columns: in a log, which has no width of its own, none is cut off.
@@ -102,6 +110,10 @@ def main(
         options.say = lambda text: progress.update(task, description=text)
         options.keep = lambda name, section: keep(result, name, section, output)
         for name in parts:
+            if options.is_over:
+                result["notes"].append(f"from {name} on nothing was begun: {within:g} seconds had passed")
+                write(result, output)
+                break
             try:
                 add(result["sections"], name, sections.run(name, options))
             except InstrumentationError as error:

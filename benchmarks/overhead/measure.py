@@ -115,10 +115,17 @@ def rounds(
     folder: Path,
     num_rounds: int,
     progress: Callable[[], None],
+    is_over: Callable[[], bool],
 ) -> dict[str, list[Sample]]:
-    """Samples of each variant; sample ``k`` of all variants comes from round ``k``."""
+    """Samples of each variant; sample ``k`` of all variants comes from round ``k``.
+
+    Args:
+        is_over: asked after each round whether it was the last.
+    """
     samples: dict[str, list[Sample]] = {variant.name: [] for variant in variants}
-    for variant in in_turns(variants, num_rounds):
+    for number, variant in enumerate(in_turns(variants, num_rounds)):
+        if number and not number % len(variants) and is_over():
+            break
         samples[variant.name].append(clock(variant, bench, folder))
         progress()
     return samples

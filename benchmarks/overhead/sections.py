@@ -98,11 +98,14 @@ def _compare(name: str, title: str, setup: Setup, options: Options) -> dict[str,
     found: dict[str, Any] = {}
     section = {"model": title, "workloads": found}
     for workload in main_workloads(name, options):
+        if options.is_over:
+            break
         chosen = wanted(workload.kind)
         rows = found[workload.name] = table(chosen, workload, setup.model, options)
         options.keep(name, section)
         no_idle_core = KINDS if options.full else ("prefill",)
-        if not options.quick and options.device == "cpu" and workload.kind in no_idle_core:
+        has_time = not options.quick and not options.is_over
+        if has_time and options.device == "cpu" and workload.kind in no_idle_core:
             few = [v for v in chosen if v in (*key, *traced, sampled)]
             with measure.one_core():
                 busy = table(few, workload, setup.model, options, checked=rows["variants"])

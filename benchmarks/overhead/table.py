@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -43,16 +44,22 @@ class Options:
     """Kinds of workload that the models run; chosen by ``full`` and ``quick`` if empty."""
     variants: Sequence[str] = ()
     """Only variants whose names hold one of these, beside the base; all if empty."""
+    ends: float | None = None
+    """``time.monotonic`` from when on nothing new is begun."""
     say: Callable[[str], None] = ignore
     """Called with what is being done."""
     keep: Callable[[str, dict[str, Any]], None] = ignore
     """Called with a section that has more than before, so that a run that is cut off keeps it."""
 
     def to_json(self) -> str:
-        """All but who is told."""
-        told = ("say", "keep")
+        """All but who is told, and when it ends."""
+        told = ("say", "keep", "ends")
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in told}
         return json.dumps({**values, "dtype": str(self.dtype).removeprefix("torch.")})
+
+    @property
+    def is_over(self) -> bool:
+        return self.ends is not None and time.monotonic() > self.ends
 
     @classmethod
     def from_json(cls, text: str) -> Options:
@@ -111,9 +118,10 @@ def table(
             folder,
             number,
             lambda: say(f"{workload.name}: run {next(done)} of {number * len(alive)}"),
+            lambda: options.is_over,
         )
     for variant in alive:
         row = rows[variant.name]
         row.update(measure.figures(samples, variant.name, bench))
         row["recompiles"] += sum(sample.graphs for sample in samples[variant.name])
-    return {"workload": asdict(workload), "rounds": number, "variants": rows}
+    return {"workload": asdict(workload), "rounds": len(samples[BASE]), "variants": rows}
