@@ -47,9 +47,6 @@ class Value:
     def detach(self) -> Value:
         return self
 
-    def clone(self, *, memory_format: torch.memory_format) -> Value:
-        return self
-
     def __getitem__(self, part: slice) -> Value:
         return Value(self.host[part])
 
@@ -126,7 +123,7 @@ def measure(layers: int, batch: int, width: int, steps: int, *, on_device: bool)
                 spent.update(dict.fromkeys(spent, 0))
             values = [place(zeros) for _ in sites]
             times = [time.thread_time_ns()]
-            session.begin_step(inputs, later=True)
+            session.begin_step(inputs)
             times.append(time.thread_time_ns())
             ticket = session.reserve(sites, alike=alike, **room)
             times.append(time.thread_time_ns())

@@ -40,9 +40,6 @@ class Value:
     def detach(self) -> Value:
         return self
 
-    def clone(self, *, memory_format: torch.memory_format) -> Value:
-        return self._simulated.keep(self)
-
     def __getitem__(self, part: slice) -> Value:
         """A view: what it looks at lives as long as it."""
         memory = Memory(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -254,94 +253,3 @@ def test_large_values_that_came_together_are_packed_as_they_lie(tmp_path: Path, 
         for step in range(3):
             for number, site in enumerate(sites):
                 assert torch.equal(stream.read(site.name, step), content(step, number, (16384,)))
-
-
-@pytest.mark.parametrize("delivers", [True, False], ids=["with values", "at the step's end"])
-def test_inputs_that_come_later_are_those_of_the_call(tmp_path: Path, delivers: bool) -> None:
-    """Though the model writes to them, and what else they take is done after its graph is told to run."""
-    path = tmp_path / "d.stream"
-    device = Device()
-    capture = session(StreamWriter(path, metadata={}, codec="zstd", memory_bytes=3_000_000), device)
-    static = [Memory(4, dtype=torch.float32) for _ in range(2)]
-    for step in range(9):
-        ids = ids_of(device, step)
-        copies = len(device.copies)
-        capture.begin_step({"ids": ids}, later=True)
-        device.compute.append(lambda data=ids.memory.data: data.fill_(-1))
-        assert len(device.copies) == copies
-        if delivers:
-            deliver(capture, device, static, [content(step, site, (4,)) for site in range(2)])
-        capture.end_step()
-        assert not capture._inputs._unsent
-    capture.close()
-    assert capture.report.dropped_inputs == 0
-    with open_stream(path) as stream:
-        for step in range(9):
-            assert torch.equal(stream.inputs(step)["ids"], IDS + 100 * step)
-            if delivers:
-                assert torch.equal(stream.read("b", step), content(step, 1, (4,)))
-
-
-@pytest.mark.parametrize("elsewhere", [False, True], ids=["on this thread", "on another thread"])
-def test_no_thread_waits_for_room_that_unsent_inputs_hold(tmp_path: Path, elsewhere: bool) -> None:
-    """Inputs and values together are more than the bound: the inputs go before a graph waits for room.
-
-    Another thread's, too: it may be waiting for this one, which works for its call.
-    """
-    path = tmp_path / "d.stream"
-    device = Device()
-    # An eighth of it counts what belongs to records, 1024 bytes for each: two, not three.
-    writer = StreamWriter(path, metadata={}, codec="none", memory_bytes=1)
-    capture = session(writer, device, limit=writer.memory_bytes + 20_000)
-    static = [Memory(4, dtype=torch.float32) for _ in range(2)]
-    for step in range(5):
-        join = capture.begin_step({"ids": ids_of(device, step)}, later=True)
-
-        def work(step: int = step, join: Any = join) -> None:
-            with join():
-                deliver(capture, device, static, [content(step, site, (4,)) for site in range(2)])
-
-        if elsewhere:
-            worker = threading.Thread(target=work)
-            worker.start()
-            worker.join()
-        else:
-            work()
-        capture.end_step()
-    capture.close()
-    report = capture.report
-    assert report.records == 10 and report.dropped_records == report.dropped_inputs == 0
-    with open_stream(path) as stream:
-        for step in range(5):
-            assert torch.equal(stream.inputs(step)["ids"], IDS + 100 * step)
-            assert torch.equal(stream.read("a", step), content(step, 0, (4,)))
-
-
-def test_inputs_of_calls_that_were_cut_off(tmp_path: Path) -> None:
-    """They go when the thread's next call begins, or when the capture ends; in between they are counted in."""
-    path = tmp_path / "d.stream"
-    device = Device()
-    capture = session(StreamWriter(path, metadata={}, codec="none", memory_bytes=1), device)
-    for step in range(3):
-        capture.begin_step({"ids": ids_of(device, step)}, later=True)
-        capture._steps.finish()
-    capture.close()
-    capture.end_step()
-    assert capture.report.dropped_inputs == 0
-    with open_stream(path) as stream:
-        for step in range(3):
-            assert torch.equal(stream.inputs(step)["ids"], IDS + 100 * step)
-
-
-def test_inputs_of_the_host_go_at_once(tmp_path: Path) -> None:
-    """No device would wait for them."""
-    path = tmp_path / "d.stream"
-    capture = session(StreamWriter(path, metadata={}, codec="none", memory_bytes=1), Device())
-    mask = torch.tensor([1, 1])
-    capture.begin_step({"mask": mask}, later=True)
-    assert not capture._inputs._unsent
-    mask.zero_()
-    capture.end_step()
-    capture.close()
-    with open_stream(path) as stream:
-        assert stream.inputs(0)["mask"].tolist() == [1, 1]

@@ -53,6 +53,11 @@ def changed_in_a_body(x: Tensor) -> Any:
     return checkpoint(lambda y: y.add_(1) * 2, x, use_reentrant=False)
 
 
+def changed_in_a_list(x: Tensor) -> Tensor:
+    torch._foreach_add_([x, torch.ones(2, dtype=torch.int64)], 1)
+    return x + 1
+
+
 def only_read(x: Tensor) -> Tensor:
     return torch.ops.written_test.count_up(x, torch.zeros(2, dtype=torch.int64)) + x.clone().add_(1)[:, :1]
 
@@ -83,6 +88,7 @@ def traced(function: Callable[..., Any], *args: Any) -> torch.fx.GraphModule:
         changed_by_an_op,
         named_to_an_op,
         changed_in_a_body,
+        changed_in_a_list,
     ],
 )
 def test_what_is_written_to_is_found(function: Callable[[Tensor], Any]) -> None:
@@ -95,6 +101,21 @@ def test_what_is_written_to_is_found(function: Callable[[Tensor], Any]) -> None:
 def test_what_is_only_read_is_not(function: Callable[[Tensor], Any]) -> None:
     """An op that writes to another argument, a copy that is written to."""
     assert not written_arguments(traced(function, torch.ones(3, 4, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("how", ["positional", "keywords", "packet"])
+def test_running_statistics_are_written_to(how: str) -> None:
+    """By no schema's word."""
+
+    def normalised(x: Tensor, mean: Tensor, var: Tensor) -> Any:
+        if how == "positional":
+            return torch.nn.functional.batch_norm(x, mean, var, None, None, True)
+        if how == "keywords":
+            return torch.nn.functional.batch_norm(x, running_mean=mean, running_var=var, training=True)
+        return torch.ops.aten.batch_norm(x, None, None, mean, var, True, 0.1, 1e-5, False)
+
+    gm = traced(normalised, torch.ones(3, 4), torch.zeros(4), torch.ones(4))
+    assert written_arguments(gm) == gm.graph.find_nodes(op="placeholder")[1:]
 
 
 def test_a_kernel_of_the_models_own_may_write_to_all_that_it_takes() -> None:

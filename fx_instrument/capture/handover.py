@@ -7,11 +7,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from .layout import Kinds
+from .layout import Copied, Kinds
 from .pinned import Landing
 
 _WAKE_BYTES = 1 << 20
@@ -36,8 +34,8 @@ class Delivery:
     landing: Landing | None = None
     kinds: Kinds | None = None
     """What is known of the values."""
-    copied: list[tuple[torch.dtype, torch.Size, npt.NDArray[np.uint8]]] | None = None
-    """Inputs that were on the host: dtype, shape and bytes of each."""
+    copied: list[Copied] | None = None
+    """Inputs that were on the host."""
 
 
 class Handover:

@@ -102,10 +102,6 @@ class PinnedTransfer:
     def _is_free(self) -> bool:
         return len(self._waiting) <= _MAX_WAITING
 
-    def mark(self, device: torch.device) -> Event:
-        """As ``CopyEngine.mark``."""
-        return self._engine.mark(device)
-
     def start(
         self, values: Sequence[torch.Tensor], kinds: Kinds | None = None, *, overwritten: bool = False
     ) -> Landing:

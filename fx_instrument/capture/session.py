@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +17,7 @@ from .cuda import CudaEngine
 from .drain import RECORD_OVERHEAD_BYTES, Drain, Writer
 from .engine import CopyEngine
 from .handover import Delivery
-from .inputs import StepInputs
-from .layout import Kinds, device_of
+from .layout import Copied, Kinds, device_of
 from .pinned import Landing
 from .progress import ProgressLine
 from .report import CaptureReport
@@ -94,17 +92,12 @@ class Session:
             tick=self._progress.tick if self._progress is not None else None,
         )
         self._handover = self._drain.handover
-        self._inputs = StepInputs(
-            reserve=self._reserve_inputs,
-            hand_over=self._hand_over,
-            cancel=self.cancel,
-            marks=self._transfer.marks,
-        )
         self._steps = Steps(writer.first_step)
         self._lock = threading.Lock()
         self._kinds: dict[object, Kinds] = {}
         self._eager_records = 0
         self._dropped: dict[str, int] = {}
+        self._dropped_inputs = 0
         self._closed = self._ended = False
         self.has_delivered = False
         """Some value was delivered or dropped: known at once, while the report's records lag behind its steps."""
@@ -118,22 +111,13 @@ class Session:
 
     # -- the model's threads ------------------------------------------------------------------------------------
 
-    def begin_step(self, inputs: Mapping[str, torch.Tensor], *, later: bool = False) -> Join:
-        """A forward call begins on this thread; how other threads deliver to it.
-
-        Args:
-            inputs: recorded as the step's, as they are now.
-            later: those of a device are handed over with the step's first values, or at its end, so that the device is
-                told to run a graph before.
-        """
-        self._inputs.send()
+    def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> Join:
         number, join = self._steps.begin()
         if inputs and not self._closed:
-            self._inputs.record(number, inputs, later=later)
+            self._record_inputs(number, inputs)
         return join
 
     def end_step(self) -> None:
-        self._inputs.send()
         self._steps.finish()
 
     def reserve(
@@ -181,7 +165,6 @@ class Session:
         """Whether a graph may leave so much on a device, from where it goes into the ring piece by piece."""
         if self._transfer.admit(device_bytes, wait=False):
             return True
-        self._inputs.send_all()
         self._handover.seal()
         if self._drop:
             return False
@@ -204,7 +187,6 @@ class Session:
         values: Sequence[torch.Tensor],
         full_shapes: Sequence[tuple[int, ...]] | None,
     ) -> None:
-        self._inputs.send()
         number, names, calls = self._steps.count(sites)
         self.has_delivered = True
         if ticket.early and ticket.num_bytes:
@@ -216,13 +198,13 @@ class Session:
             self.cancel(ticket)
             return
         delivery = Delivery(number, names, calls, list(values), full_shapes, ticket.num_bytes)
-        if ticket.alike is not None:
+        if ticket.alike is not None and values:
             delivery.kinds = self._kinds_of(ticket.alike, values)
         self._hand_over(ticket, delivery)
 
     def _kinds_of(self, alike: object, values: Sequence[torch.Tensor]) -> Kinds:
         kinds = self._kinds.get(alike)
-        if kinds is None:
+        if kinds is None or not kinds.fit(values[0]):
             if len(self._kinds) >= _MAX_KINDS:
                 self._kinds.clear()
             kinds = self._kinds[alike] = Kinds.of(values)
@@ -230,9 +212,6 @@ class Session:
 
     def _hand_over(self, ticket: Ticket, delivery: Delivery) -> None:
         """Start the values of ``delivery`` on their way and tell the drain thread."""
-        if delivery.copied is not None:
-            self._handover.put(delivery)
-            return
         try:
             with self._transfer.in_order(ticket.device):
                 started = self._transfer.start(
@@ -282,24 +261,46 @@ class Session:
     def _acquire(self, num_bytes: int, leave_bytes: int = 0) -> bool:
         if self._budget.acquire(num_bytes, wait=False, leave_bytes=leave_bytes):
             return True
-        self._inputs.send_all()
         self._handover.seal()
         if self._drop:
             return False
         timeout_s = self._patience() if self._patience is not None else None
         return self._budget.acquire(num_bytes, wait=True, timeout_s=timeout_s)
 
-    def _reserve_inputs(self, device: torch.device | None, num_bytes: int) -> Ticket:
-        if num_bytes > self._budget.limit_bytes and not self._drop and self._patience is None:
+    def _record_inputs(self, number: int, inputs: Mapping[str, torch.Tensor]) -> None:
+        values = list(inputs.values())
+        device = device_of(values)
+        total = len(values) * RECORD_OVERHEAD_BYTES
+        total += sum(value.nbytes for value in values if device is None or value.device != device)
+        if total > self._budget.limit_bytes and not self._drop and self._patience is None:
             raise BufferTooSmallError(
-                f"the integer inputs of a step take {num_bytes} bytes with their bookkeeping, but "
+                f"the integer inputs of a step take {total} bytes with their bookkeeping, but "
                 f"max_memory_gb={self._max_memory_bytes / 1e9:g} leaves the buffer {self._budget.limit_bytes} bytes"
             )
-        ticket = Ticket(device=device)
+        ticket = Ticket(device=device, overwritten=device is not None)
         leave = self._largest_run_bytes if device is None else 0
-        if (device is None or self._admit(0)) and self._acquire(num_bytes, leave_bytes=leave):
-            ticket.grant(num_bytes)
-        return ticket
+        if (device is None or self._admit(0)) and self._acquire(total, leave_bytes=leave):
+            ticket.grant(total)
+        if ticket.dropped:
+            with self._lock:
+                self._dropped_inputs += 1
+            return
+        delivery = Delivery(number, list(inputs), [0] * len(values), [], None, total, is_input=True)
+        # The caller may change its inputs while the copies are on their way; what a device has is gathered there.
+        if device is None:
+            delivery.copied = self._copied(ticket, lambda: [Copied.of(value) for value in values])
+            self._handover.put(delivery)
+            return
+        delivery.values = self._copied(
+            ticket,
+            lambda: [
+                value.detach()
+                if value.is_cuda
+                else value.detach().clone(memory_format=torch.contiguous_format)
+                for value in values
+            ],
+        )
+        self._hand_over(ticket, delivery)
 
     def _count_dropped(self, names: Sequence[str]) -> None:
         with self._lock:
@@ -321,7 +322,7 @@ class Session:
     @property
     def dropped_inputs(self) -> int:
         """How many steps' integer inputs found no room so far."""
-        return self._inputs.num_dropped
+        return self._dropped_inputs
 
     @property
     def failure(self) -> BaseException | None:
@@ -341,7 +342,7 @@ class Session:
             raw_bytes=self._drain.raw_bytes,
             stored_bytes=self._writer.stored_bytes,
             dropped_records=sum(dropped.values()),
-            dropped_inputs=self._inputs.num_dropped,
+            dropped_inputs=self._dropped_inputs,
             stalled_seconds=(self._budget.stalled_ns + self._transfer.stalled_ns) / 1e9,
             eager_records=self._eager_records,
             achieved_gbps=self._drain.raw_bytes / stored_after / 1e9 if stored_after > 0 else 0.0,
@@ -362,12 +363,7 @@ class Session:
         """
         if self._ended:
             return
-        if not self._closed:
-            with contextlib.suppress(BufferTooSmallError):
-                # Of calls that were cut off.
-                self._inputs.send_all()
         self._closed = True
-        self._inputs.close()
         self._drain.end()
         self._writer.finish()
         self._stored_after = time.perf_counter() - self._started
@@ -390,7 +386,6 @@ class Session:
         if self._ended:
             return
         self._closed = self._ended = True
-        self._inputs.close()
         self._shut()
         self._drain.end()
         self._writer.abandon()
@@ -401,8 +396,6 @@ class Session:
         self._closed = self._ended = True
         self._duration = self._stored_after = time.perf_counter() - self._started
         self._lock = threading.Lock()
-        self._inputs.close()
-        self._inputs.forked()
         self._steps.forked()
         self._budget.forked()
         self._writer.forked()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .engine import CopyEngine, Event
+from .engine import CopyEngine
 from .layout import Kinds, device_of
 from .pinned import Landing, PinnedTransfer
 
@@ -48,11 +48,6 @@ class Transfer:
     def in_order(self, device: torch.device | None) -> AbstractContextManager[Any]:
         """Held around ``start`` and the hand-over of what it answers."""
         return nullcontext() if device is None else self._through_pinned().order
-
-    def marks(self, values: Sequence[torch.Tensor]) -> list[Event]:
-        """Where the streams that run the model on this thread stand now, on the devices of ``values``."""
-        devices = {value.device for value in values if value.device.type == "cuda"}
-        return [self._through_pinned().mark(device) for device in devices]
 
     def start(
         self, values: Sequence[torch.Tensor], kinds: Kinds | None = None, *, overwritten: bool = False

@@ -218,7 +218,7 @@ class CapturedGraph:
             return self._compiled(*self._arguments(args))[: self._num_outputs]
         if self._begins:
             named = zip(self._input_names, self._inputs, strict=True)
-            calls.begin(sink, checked({name: args[index] for name, index in named}), later=True)
+            calls.begin(sink, checked({name: args[index] for name, index in named}))
         sink = calls.sink_here(sink)
         if sink is None:
             return self._compiled(*self._arguments(args))[: self._num_outputs]

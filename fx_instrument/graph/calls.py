@@ -60,8 +60,8 @@ class Calls:
         self._running: set[_Call] = set()
         self._has_warned = False
 
-    def begin(self, sink: Sink, inputs: Mapping[str, torch.Tensor], *, later: bool = False) -> None:
-        """A forward call begins on this thread; ``sink`` is told of one from outside, as in ``Sink.begin_step``."""
+    def begin(self, sink: Sink, inputs: Mapping[str, torch.Tensor]) -> None:
+        """A forward call begins on this thread; ``sink`` is told of one from outside."""
         mine, frame = self._mine, _callers_frame()
         if mine.frames:
             _forget_cut_off(mine.frames)
@@ -79,7 +79,7 @@ class Calls:
         mine.call = _Call(frame)
         mine.frames.append(frame)
         try:
-            mine.call.join = sink.begin_step(inputs, later=later)
+            mine.call.join = sink.begin_step(inputs)
         except BaseException:
             self.end(sink)
             raise
@@ -136,7 +136,7 @@ class _JoinedSink:
         self._sink = sink
         self._join = join
 
-    def begin_step(self, inputs: Mapping[str, torch.Tensor], *, later: bool = False) -> None: ...
+    def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> None: ...
     def end_step(self) -> None: ...
 
     def reserve(self, sites: Sequence[Site], num_bytes: int, **of_values: Any) -> Any:

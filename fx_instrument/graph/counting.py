@@ -111,7 +111,7 @@ class CountedCall:
                 stacklevel=3,
             )
         calls = marker.calls
-        calls.begin(sink, checked(integer_inputs(self._input_names, args, kwargs)), later=True)
+        calls.begin(sink, checked(integer_inputs(self._input_names, args, kwargs)))
         try:
             result = call(*args, **kwargs)
             marker.witness.completed = True
@@ -153,8 +153,7 @@ class BeginStep:
     def _begin(self, args: Any, kwargs: Any) -> None:
         sink = self._marker.sink
         if sink is not None and not is_recomputing():
-            inputs = checked(integer_inputs(self._input_names, args, kwargs))
-            self._marker.calls.begin(sink, inputs, later=True)
+            self._marker.calls.begin(sink, checked(integer_inputs(self._input_names, args, kwargs)))
 
 
 class EndStep:

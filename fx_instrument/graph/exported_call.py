@@ -103,7 +103,7 @@ class ExportedCall:
             gate.leave()
 
     def _capture(self, sink: Sink, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        sink.begin_step(checked(integer_inputs(self._input_names, args, kwargs)), later=True)
+        sink.begin_step(checked(integer_inputs(self._input_names, args, kwargs)))
         try:
             shapes = tuple(map(_shape_of, pytree.tree_leaves((args, kwargs))))
             num_bytes = self._sizes.get(shapes)

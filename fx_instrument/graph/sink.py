@@ -17,14 +17,8 @@ Join = Callable[[], contextlib.AbstractContextManager[None]]
 class Sink(Protocol):
     """Where captured values go: an open capture. All methods may be called from several threads."""
 
-    def begin_step(self, inputs: Mapping[str, torch.Tensor], *, later: bool = False) -> Join | None:
-        """A forward call of the model starts on this thread; how other threads deliver to it.
-
-        Args:
-            inputs: the integer inputs of the call, as they are now.
-            later: those of a device need not be on their way before the first values are delivered, or the step ends. A
-                device that is told to run a graph first does not wait for it.
-        """
+    def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> Join | None:
+        """A forward call of the model starts on this thread; how other threads deliver to it."""
 
     def end_step(self) -> None:
         """The forward call that began last on this thread is over."""
@@ -75,7 +69,7 @@ class Sink(Protocol):
 class Onlooker:
     """What a sink leaves out that looks at values when they come: it needs no room, and tells no steps apart."""
 
-    def begin_step(self, inputs: Mapping[str, torch.Tensor], *, later: bool = False) -> None: ...
+    def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> None: ...
     def end_step(self) -> None: ...
     def cancel(self, ticket: Any) -> None: ...
     def returned(self, ticket: Any) -> None: ...

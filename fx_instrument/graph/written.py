@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ _IN_PLACE = frozenset(
     {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv}
     | {operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ipow, operator.imod}
 )
+_STATISTICS = ("running_mean", "running_var")
+"""Arguments that normalisations write to when they train; their schemas don't say so."""
 
 
 def written_arguments(gm: fx.GraphModule) -> list[fx.Node]:
@@ -40,19 +42,22 @@ def _written(gm: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
     if node.op == "call_function" and isinstance(target, HigherOrderOperator):
         found = [getattr(gm, str(n.target), None) for n in node.all_input_nodes if n.op == "get_attr"]
         bodies = [body for body in found if isinstance(body, fx.GraphModule)]
-        # A Triton kernel of the model's own has no body that is a graph.
-        if not bodies or any(map(_writes, bodies)):
+        # A Triton kernel of the model's own has no body to look into.
+        if name.startswith("triton_kernel_wrapper") or any(map(_writes, bodies)):
             yield from (argument for argument in node.all_input_nodes if argument.op != "get_attr")
     elif node.op == "call_function" and isinstance(target, (OpOverload, OpOverloadPacket)):
         overloads = [target] if isinstance(target, OpOverload) else _overloads(target)
         for overload in overloads:
             yield from _written_by(overload._schema, node)
     elif name in ("batch_norm", "instance_norm"):
-        yield from nodes[1:3]  # running statistics
-    elif node.op in ("call_function", "call_method") and nodes:
+        named = (node.kwargs.get(name) for name in _STATISTICS)
+        yield from nodes[1:3]
+        yield from (value for value in named if isinstance(value, fx.Node))
+    elif node.op in ("call_function", "call_method") and node.args:
         in_place = name.endswith("_") and not name.endswith("__")
         if target in _IN_PLACE or in_place or node.kwargs.get("inplace"):
-            yield nodes[0]
+            first = node.args[0]
+            yield from (value for value in _listed(first) if isinstance(value, fx.Node))
 
 
 def _overloads(packet: OpOverloadPacket) -> list[OpOverload]:
@@ -62,10 +67,14 @@ def _overloads(packet: OpOverloadPacket) -> list[OpOverload]:
 
 def _written_by(schema: torch.FunctionSchema, node: fx.Node) -> Iterator[fx.Node]:
     for index, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
+        is_write = argument.alias_info is not None and argument.alias_info.is_write
+        if is_write or argument.name in _STATISTICS:
             value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-            values = value if isinstance(value, (tuple, list)) else (value,)
-            yield from (value for value in values if isinstance(value, fx.Node))
+            yield from (value for value in _listed(value) if isinstance(value, fx.Node))
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (tuple, list)) else (value,)
 
 
 def _writes(body: fx.GraphModule) -> bool:

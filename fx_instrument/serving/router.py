@@ -71,7 +71,7 @@ class Router:
 
     # -- the sink -----------------------------------------------------------------------------------------------
 
-    def begin_step(self, inputs: Mapping[str, torch.Tensor], *, later: bool = False) -> Join:
+    def begin_step(self, inputs: Mapping[str, torch.Tensor]) -> Join:
         mine = self._mine
         if mine.lane is not None:
             # The call before was cut off by an exception inside one compiled function.
@@ -87,12 +87,10 @@ class Router:
             lane = mine.lane = self._files.enter()
             if lane is not None:
                 with self._shielded(lane):
-                    in_session = self._begin(lane, inputs, request, later)
+                    in_session = self._begin(lane, inputs, request)
         return functools.partial(self._joined, mine.lane, request, in_session)
 
-    def _begin(
-        self, lane: Lane, inputs: Mapping[str, torch.Tensor], request: Request | None, later: bool
-    ) -> Join:
+    def _begin(self, lane: Lane, inputs: Mapping[str, torch.Tensor], request: Request | None) -> Join:
         session, sourced = lane.session, self._sourced
         runs: list[TaggedRun] = []
         if request is not None:
@@ -101,12 +99,12 @@ class Router:
             runs = sourced.runs()
         self._mine.runs = runs
         if not runs:
-            return session.begin_step(inputs, later=later)
+            return session.begin_step(inputs)
         with self._lock:
             named = set(lane.introduced)
             noted = tagged(inputs, runs, lane.introduced)
         lost = session.dropped_inputs
-        in_session = session.begin_step(noted, later=later)
+        in_session = session.begin_step(noted)
         if session.dropped_inputs != lost:
             # The names may have found no room: say them again with the next step.
             with self._lock:
