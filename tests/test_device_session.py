@@ -14,6 +14,8 @@ from test_capture import A, B, HeldWriter
 
 from fx_instrument import BufferTooSmallError, open_stream
 from fx_instrument.capture.session import Session
+from fx_instrument.graph.exported import MARK, WHOLE, ExportedOutputs
+from fx_instrument.graph.exported_call import ExportedAttachment, ExportedCall
 from fx_instrument.graph.sites import Site
 from fx_instrument.stream.records import RecordMeta
 from fx_instrument.stream.writer import StreamWriter
@@ -253,3 +255,50 @@ def test_large_values_that_came_together_are_packed_as_they_lie(tmp_path: Path, 
         for step in range(3):
             for number, site in enumerate(sites):
                 assert torch.equal(stream.read(site.name, step), content(step, number, (16384,)))
+
+
+def test_an_exported_program_on_a_device_fills_the_ring(tmp_path: Path) -> None:
+    """More than half of the bound a run: it is counted with the ring, and no run waits for itself."""
+    path = tmp_path / "d.stream"
+    device = Device()
+    capture = session(StreamWriter(path, metadata={}, codec="none", memory_bytes=3_000_000), device)
+    shape = (3, 200_000)
+
+    def call(ids: torch.Tensor) -> Any:
+        step, values = int(ids[0, 0]), {}
+        for site, name in enumerate("ab"):
+            memory = Memory(*shape, dtype=torch.float32)
+            device.compute.append(lambda m=memory, s=step, i=site: m.data.copy_(content(s, i, shape)))
+            values[name] = Value(device, memory, owns=True)
+        return ids, {MARK: {WHOLE: values}}
+
+    attachment = ExportedAttachment(torch.nn.Identity())
+    program = ExportedCall(call, ExportedOutputs(((A, 0), (B, 0)), None), attachment, ("input_ids",))
+    attachment.open(capture)
+    for step in range(6):
+        program(torch.tensor([[step]]))
+    attachment.close()
+    capture.close()
+    assert capture.report.records == 12
+    with open_stream(path) as stream:
+        for step in range(6):
+            assert stream.inputs(step)["input_ids"].tolist() == [[step]]
+            for site, name in enumerate("ab"):
+                assert torch.equal(stream.read(name, step), content(step, site, shape))
+
+
+def test_what_the_ring_leaves_no_room_for_is_refused(tmp_path: Path) -> None:
+    """Bookkeeping of more records, or more inputs of the host, than an eighth of the bound: none waits in vain."""
+    device = Device()
+    writer = StreamWriter(None, metadata={}, codec="none", memory_bytes=1)
+    # An eighth of it counts two records, 1024 bytes for each.
+    capture = session(writer, device, limit=writer.memory_bytes + 20_000)
+    static = [Memory(4, dtype=torch.float32) for _ in range(2)]
+    run_graph(capture, device, static, [content(0, site, (4,)) for site in range(2)], replays=True)
+    with pytest.raises(BufferTooSmallError, match="beside the pinned part"):
+        capture.reserve((A, B, A), 0, device=DEVICE)
+    with pytest.raises(BufferTooSmallError, match="beside the pinned part"):
+        capture.reserve((A,), 2000)
+    with pytest.raises(BufferTooSmallError, match="beside the pinned part"):
+        capture.begin_step({"mask": torch.ones(200, dtype=torch.int64)})
+    capture.close()

@@ -135,14 +135,14 @@ class Session:
         if self._closed:
             return ticket
         total = num_bytes + len(sites) * RECORD_OVERHEAD_BYTES
-        needed = 2 * total if self._drop else total
-        if needed > self._budget.limit_bytes and self._patience is None:
+        needed = 2 * total if self._drop and device is None else total
+        limit, what = self._most(device)
+        if needed > limit and self._patience is None:
             twice = "; on_full='drop' takes room for two, as a run that is dropped is computed all the same"
             raise BufferTooSmallError(
                 f"one run of a graph captures {num_bytes} bytes in {len(sites)} records ({total} bytes with their "
-                f"bookkeeping{twice if self._drop else ''}), but max_memory_gb={self._max_memory_bytes / 1e9:g} "
-                f"leaves the buffer {self._budget.limit_bytes} bytes; raise max_memory_gb, or capture fewer sites "
-                f"or samples"
+                f"bookkeeping{twice if needed > total else ''}), but max_memory_gb={self._max_memory_bytes / 1e9:g} "
+                f"leaves {what} {limit} bytes; raise max_memory_gb, or capture fewer sites or samples"
             )
         if device is not None:
             ticket.device, ticket.overwritten = device, replays
@@ -150,7 +150,7 @@ class Session:
                 ticket.grant(total)
             return ticket
         leave = 0
-        if self._drop and needed <= self._budget.limit_bytes:
+        if self._drop and needed <= limit:
             # The graph computes its values, dropped or not. So room for another run of the largest that there was is
             # left free, and a run that is dropped takes it until it is over.
             with self._lock:
@@ -160,6 +160,17 @@ class Session:
         elif leave and self._budget.acquire(total, wait=True):
             ticket.num_bytes = total
         return ticket
+
+    def _most(self, device: torch.device | None) -> tuple[int, str]:
+        """The most bytes that anything may hold in the budget, and of what: more would be waited for in vain."""
+        limit = self._budget.limit_bytes
+        if device is None and not self._transfer.has_ring:
+            return limit, "the buffer"
+        return limit - self._ring_bytes, "the buffer, beside the pinned part of it,"
+
+    @property
+    def _ring_bytes(self) -> int:
+        return int(self._budget.limit_bytes * _PINNED_SHARE)
 
     def _admit(self, device_bytes: int) -> bool:
         """Whether a graph may leave so much on a device, from where it goes into the ring piece by piece."""
@@ -272,10 +283,11 @@ class Session:
         device = device_of(values)
         total = len(values) * RECORD_OVERHEAD_BYTES
         total += sum(value.nbytes for value in values if device is None or value.device != device)
-        if total > self._budget.limit_bytes and not self._drop and self._patience is None:
+        limit, what = self._most(device)
+        if total > limit and not self._drop and self._patience is None:
             raise BufferTooSmallError(
                 f"the integer inputs of a step take {total} bytes with their bookkeeping, but "
-                f"max_memory_gb={self._max_memory_bytes / 1e9:g} leaves the buffer {self._budget.limit_bytes} bytes"
+                f"max_memory_gb={self._max_memory_bytes / 1e9:g} leaves {what} {limit} bytes"
             )
         ticket = Ticket(device=device, overwritten=device is not None)
         leave = self._largest_run_bytes if device is None else 0
@@ -309,9 +321,8 @@ class Session:
 
     def _claim_pinned(self) -> int:
         """Count in the pinned ring, all at once; answers its size."""
-        num_bytes = int(self._budget.limit_bytes * _PINNED_SHARE)
-        self._budget.acquire(num_bytes, wait=True)
-        return num_bytes
+        self._budget.acquire(self._ring_bytes, wait=True)
+        return self._ring_bytes
 
     def _shut(self) -> None:
         self._budget.shut()

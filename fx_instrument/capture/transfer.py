@@ -37,6 +37,11 @@ class Transfer:
         return self._pinned.stalled_ns if self._pinned is not None else 0
 
     @property
+    def has_ring(self) -> bool:
+        """Whether values came from a device."""
+        return self._pinned is not None
+
+    @property
     def is_waited_for(self) -> bool:
         """Whether a thread that runs the model waits for room."""
         return self._pinned is not None and self._pinned.num_waiting > 0

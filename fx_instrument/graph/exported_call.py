@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -68,6 +68,28 @@ _KNOWN_SHAPES = 1024
 """For so many inputs the size of the captured values is kept: a text that is generated has others for every token."""
 
 
+class _Size(NamedTuple):
+    """What the values of a run take."""
+
+    num_bytes: int
+    """On the host."""
+    device: torch.device | None
+    device_bytes: int
+
+    @classmethod
+    def of(cls, values: Sequence[torch.Tensor]) -> _Size:
+        device = next((value.device for value in values if value.is_cuda), None)
+        on_device = sum(value.nbytes for value in values if value.is_cuda)
+        return cls(sum(value.nbytes for value in values) - on_device, device, on_device)
+
+    def holds(self, other: _Size) -> bool:
+        return (
+            self.device == other.device
+            and self.num_bytes >= other.num_bytes
+            and self.device_bytes >= other.device_bytes
+        )
+
+
 class ExportedCall:
     """Calls a program with captures as if it had none: steps are counted, values handed to the open capture.
 
@@ -88,7 +110,7 @@ class ExportedCall:
         self._input_names = input_names
         self._sites = tuple(site for site, _ in outputs.keys)
         self._names = frozenset(site.name for site in self._sites)
-        self._sizes: dict[tuple[Any, ...], int] = {}
+        self._sizes: dict[tuple[Any, ...], _Size] = {}
         self._sizes_follow_data = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -106,22 +128,22 @@ class ExportedCall:
         sink.begin_step(checked(integer_inputs(self._input_names, args, kwargs)))
         try:
             shapes = tuple(map(_shape_of, pytree.tree_leaves((args, kwargs))))
-            num_bytes = self._sizes.get(shapes)
-            ticket = sink.reserve(self._sites, num_bytes) if num_bytes is not None else None
+            size = self._sizes.get(shapes)
+            ticket = self._reserve(sink, size) if size is not None else None
             try:
                 result, further = self._call(*args, **kwargs)
             except BaseException:
-                if num_bytes is not None:
+                if size is not None:
                     sink.cancel(ticket)
                 raise
             values, full_shapes = self._values(further)
-            found = sum(value.nbytes for value in values)
-            if num_bytes is None or num_bytes < found:
-                if num_bytes is not None:
+            found = _Size.of(values)
+            if size is None or not size.holds(found):
+                if size is not None:
                     sink.cancel(ticket)
-                ticket = sink.reserve(self._sites, found)
-            if num_bytes != found:
-                self._note(shapes, num_bytes, found)
+                ticket = self._reserve(sink, found)
+            if size != found:
+                self._note(shapes, size, found)
             sink.deliver(ticket, self._sites, values, full_shapes)
             self._attachment.witness.note(self._names)
             self._attachment.witness.completed = True
@@ -129,7 +151,10 @@ class ExportedCall:
         finally:
             sink.end_step()
 
-    def _note(self, shapes: tuple[Any, ...], expected: int | None, found: int) -> None:
+    def _reserve(self, sink: Sink, size: _Size) -> Any:
+        return sink.reserve(self._sites, size.num_bytes, device=size.device, device_bytes=size.device_bytes)
+
+    def _note(self, shapes: tuple[Any, ...], expected: _Size | None, found: _Size) -> None:
         if expected is not None or len(self._sizes) >= _KNOWN_SHAPES:
             self._sizes = {}
         self._sizes_follow_data |= expected is not None
