@@ -58,6 +58,10 @@ def changed_in_a_list(x: Tensor) -> Tensor:
     return x + 1
 
 
+def changed_row_by_row(x: Tensor) -> Any:
+    return torch.vmap(lambda row: row.add_(1) * 2)(x)
+
+
 def only_read(x: Tensor) -> Tensor:
     return torch.ops.written_test.count_up(x, torch.zeros(2, dtype=torch.int64)) + x.clone().add_(1)[:, :1]
 
@@ -89,6 +93,7 @@ def traced(function: Callable[..., Any], *args: Any) -> torch.fx.GraphModule:
         named_to_an_op,
         changed_in_a_body,
         changed_in_a_list,
+        changed_row_by_row,
     ],
 )
 def test_what_is_written_to_is_found(function: Callable[[Tensor], Any]) -> None:
@@ -97,7 +102,11 @@ def test_what_is_written_to_is_found(function: Callable[[Tensor], Any]) -> None:
     assert [node.op for node in written_arguments(gm)] == ["placeholder"]
 
 
-@pytest.mark.parametrize("function", [only_read, read_in_a_body])
+def read_row_by_row(x: Tensor) -> Any:
+    return torch.vmap(lambda row: (row + 1).add_(1) * 2)(x)
+
+
+@pytest.mark.parametrize("function", [only_read, read_in_a_body, read_row_by_row])
 def test_what_is_only_read_is_not(function: Callable[[Tensor], Any]) -> None:
     """An op that writes to another argument, a copy that is written to."""
     assert not written_arguments(traced(function, torch.ones(3, 4, dtype=torch.int64)))

@@ -83,6 +83,9 @@ def _writes(body: fx.GraphModule) -> bool:
 
 def _storage(node: fx.Node) -> int | None:
     value = node.meta.get("example_value")
+    while isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+        # Under torch.vmap it stands for the rows of another one, in that one's memory.
+        value = torch._C._functorch.get_unwrapped(value)
     if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
         return None
     cdata: int = value.untyped_storage()._cdata
