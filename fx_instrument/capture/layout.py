@@ -153,7 +153,7 @@ class _Memory:
 def host_bytes(value: torch.Tensor) -> npt.NDArray[np.uint8]:
     """The bytes of a host tensor in row-major order, 1-D; a view that keeps the tensor's memory alive.
 
-    As views of torch's, each of which lets go of the interpreter's lock, it would take several times as long.
+    Not through views of torch's: each lets go of the interpreter's lock, which this thread then waits for.
     """
     while torch._C._functorch.is_functorch_wrapped_tensor(value):
         # A copy that was made under one of torch.func's transforms.
@@ -174,7 +174,7 @@ class Copied(NamedTuple):
 
     @classmethod
     def of(cls, value: torch.Tensor) -> Copied:
-        """A copy by NumPy, in a tenth of torch's time; torch's own would be one of torch.func's transforms' values."""
+        """A copy by NumPy: torch's own would be a value of torch.func's transforms, where one is on its way."""
         if not value.is_cpu:
             value = value.cpu()
         size = value.element_size()

@@ -86,17 +86,18 @@ def language_part(model: torch.nn.Module, *, named: bool) -> str:
     get = getattr(model, "get_language_model", None)
     if get is None:
         return ""
+    part, unknown = None, None
     try:
         part = get()
-    except NotImplementedError:
-        # vLLM's own method says so that it found none: nothing is passed over, as the sites must be named then (below).
-        part = None
+    except NotImplementedError as said:
+        # So vLLM's own method says that it found none: where no sites are named, that is the cause of the error below.
+        unknown = said
     name = next((name for name, module in model.named_modules() if module is part), None)
     if name is None and not named:
         raise InstrumentationError(
             f"vLLM does not say which part of {type(model).__name__} is its language model, and other parts have no "
             f"rows of tokens: name sites inside it, HookConfig(target_layers=[...])"
-        )
+        ) from unknown
     return name or ""
 
 
