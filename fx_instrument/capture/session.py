@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..errors import BufferTooSmallError, CaptureFailedError
+from ..errors import CaptureFailedError
 from ..forks import track
 from ..sampling import num_samples, positions
+from .admission import Admission
 from .budget import HostBudget
 from .cuda import CudaEngine
 from .drain import RECORD_OVERHEAD_BYTES, Drain, Writer
@@ -23,13 +24,10 @@ from .progress import ProgressLine
 from .report import CaptureReport
 from .steps import Join, SiteLike, Steps
 from .ticket import Ticket
-from .transfer import Transfer
 
 _T = TypeVar("_T")
 _PACKING_FROM_BYTES = 1 << 20
 """A buffer below this packs nothing: a sixteenth of it would take no graph run."""
-_PINNED_SHARE = 7 / 8
-"""Of the buffer, once values come from a device: the rest counts the bookkeeping of records, and inputs."""
 _MAX_KINDS = 256
 
 
@@ -65,21 +63,25 @@ class Session:
         make_engine: Callable[[], CopyEngine] = CudaEngine,
     ) -> None:
         self._writer = writer
-        self._max_memory_bytes = max_memory_bytes
-        self._drop = drop
         self._sampling = sampling
         self._target_gbps = target_gbps
         self._progress = (
             ProgressLine(lambda: self.report, lambda: self._budget.held_bytes) if progress else None
         )
-        self._patience = patience
         room = max(0, max_memory_bytes - writer.memory_bytes)
         # While values are packed they are there twice.
         packed_bytes = min(writer.page_bytes, room // 16) if room >= _PACKING_FROM_BYTES else 0
         self._budget = HostBudget(room - packed_bytes)
         self._own_bytes = writer.memory_bytes + packed_bytes
-        self._largest_run_bytes = 0
-        self._transfer = Transfer(make_engine, self._claim_pinned)
+        self._admission = Admission(
+            self._budget,
+            make_engine,
+            seal=lambda: self._handover.seal(),
+            drop=drop,
+            patience=patience,
+            max_memory_bytes=max_memory_bytes,
+        )
+        self._transfer = self._admission.transfer
         self._drain = Drain(
             writer,
             make_record,
@@ -131,56 +133,10 @@ class Session:
         early: bool = False,
         alike: object = None,
     ) -> Ticket:
-        ticket = Ticket(early=early, alike=alike)
+        ticket = Ticket(device=device, overwritten=replays, early=early, alike=alike)
         if self._closed:
             return ticket
-        total = num_bytes + len(sites) * RECORD_OVERHEAD_BYTES
-        needed = 2 * total if self._drop and device is None else total
-        limit, what = self._most(device)
-        if needed > limit and self._patience is None:
-            twice = "; on_full='drop' takes room for two, as a run that is dropped is computed all the same"
-            raise BufferTooSmallError(
-                f"one run of a graph captures {num_bytes} bytes in {len(sites)} records ({total} bytes with their "
-                f"bookkeeping{twice if needed > total else ''}), but max_memory_gb={self._max_memory_bytes / 1e9:g} "
-                f"leaves {what} {limit} bytes; raise max_memory_gb, or capture fewer sites or samples"
-            )
-        if device is not None:
-            ticket.device, ticket.overwritten = device, replays
-            if self._admit(device_bytes) and self._acquire(total):
-                ticket.grant(total)
-            return ticket
-        leave = 0
-        if self._drop and needed <= limit:
-            # The graph computes its values, dropped or not. So room for another run of the largest that there was is
-            # left free, and a run that is dropped takes it until it is over.
-            with self._lock:
-                leave = self._largest_run_bytes = max(self._largest_run_bytes, total)
-        if self._acquire(total, leave_bytes=leave):
-            ticket.grant(total)
-        elif leave and self._budget.acquire(total, wait=True):
-            ticket.num_bytes = total
-        return ticket
-
-    def _most(self, device: torch.device | None) -> tuple[int, str]:
-        """The most bytes that anything may hold in the budget, and of what: more would be waited for in vain."""
-        limit = self._budget.limit_bytes
-        if device is None and not self._transfer.has_ring:
-            return limit, "the buffer"
-        return limit - self._ring_bytes, "the buffer, beside the pinned part of it,"
-
-    @property
-    def _ring_bytes(self) -> int:
-        return int(self._budget.limit_bytes * _PINNED_SHARE)
-
-    def _admit(self, device_bytes: int) -> bool:
-        """Whether a graph may leave so much on a device, from where it goes into the ring piece by piece."""
-        if self._transfer.admit(device_bytes, wait=False):
-            return True
-        self._handover.seal()
-        if self._drop:
-            return False
-        timeout_s = self._patience() if self._patience is not None else None
-        return self._transfer.admit(device_bytes, wait=True, timeout_s=timeout_s)
+        return self._admission.of_run(ticket, len(sites), num_bytes, device_bytes)
 
     def cancel(self, ticket: Ticket) -> None:
         if ticket.num_bytes:
@@ -269,30 +225,12 @@ class Session:
         device = device_of([value])
         return self.reserve(sites, 0 if device is not None else num_bytes, device=device)
 
-    def _acquire(self, num_bytes: int, leave_bytes: int = 0) -> bool:
-        if self._budget.acquire(num_bytes, wait=False, leave_bytes=leave_bytes):
-            return True
-        self._handover.seal()
-        if self._drop:
-            return False
-        timeout_s = self._patience() if self._patience is not None else None
-        return self._budget.acquire(num_bytes, wait=True, timeout_s=timeout_s)
-
     def _record_inputs(self, number: int, inputs: Mapping[str, torch.Tensor]) -> None:
         values = list(inputs.values())
         device = device_of(values)
         total = len(values) * RECORD_OVERHEAD_BYTES
         total += sum(value.nbytes for value in values if device is None or value.device != device)
-        limit, what = self._most(device)
-        if total > limit and not self._drop and self._patience is None:
-            raise BufferTooSmallError(
-                f"the integer inputs of a step take {total} bytes with their bookkeeping, but "
-                f"max_memory_gb={self._max_memory_bytes / 1e9:g} leaves {what} {limit} bytes"
-            )
-        ticket = Ticket(device=device, overwritten=device is not None)
-        leave = self._largest_run_bytes if device is None else 0
-        if (device is None or self._admit(0)) and self._acquire(total, leave_bytes=leave):
-            ticket.grant(total)
+        ticket = self._admission.of_inputs(Ticket(device=device, overwritten=device is not None), total)
         if ticket.dropped:
             with self._lock:
                 self._dropped_inputs += 1
@@ -318,11 +256,6 @@ class Session:
         with self._lock:
             for name in names:
                 self._dropped[name] = self._dropped.get(name, 0) + 1
-
-    def _claim_pinned(self) -> int:
-        """Count in the pinned ring, all at once; answers its size."""
-        self._budget.acquire(self._ring_bytes, wait=True)
-        return self._ring_bytes
 
     def _shut(self) -> None:
         self._budget.shut()
