@@ -265,7 +265,7 @@ def test_a_copy_that_fails_gives_its_room_back(
 
     opened = session(HeldWriter(), limit=2 * (400 + RECORD_OVERHEAD_BYTES), sampling=sampling)
     with monkeypatch.context() as patched:
-        for method in ("clone", "index_select", "stride"):
+        for method in ("clone", "index_select", "is_contiguous"):
             patched.setattr(torch.Tensor, method, fail)
         with pytest.raises(torch.OutOfMemoryError):
             opened.record_eager(A, torch.ones(100))

@@ -150,7 +150,8 @@ class Drain:
         if delivery.copied is not None:
             for site_id, (dtype, shape, data) in zip(site_ids, delivery.copied, strict=True):
                 release = _Release(self._budget, RECORD_OVERHEAD_BYTES + len(data))
-                self._put_record(delivery.step, site_id, 0, dtype, shape, None, data, release)
+                where = delivery.step, site_id, 0
+                self._put_record(*where, dtype, shape, None, np.frombuffer(data, np.uint8), release)
             return
         if landing is None:
             self._put(delivery, site_ids, delivery.values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -166,23 +167,24 @@ def host_bytes(value: torch.Tensor) -> npt.NDArray[np.uint8]:
 
 
 class Copied(NamedTuple):
-    """An integer or boolean tensor's dtype, shape and bytes, in row-major order and memory of their own."""
+    """An integer or boolean tensor's dtype, shape and bytes, in row-major order."""
 
     dtype: torch.dtype
     shape: torch.Size
-    data: npt.NDArray[np.uint8]
+    data: bytes
 
     @classmethod
     def of(cls, value: torch.Tensor) -> Copied:
-        """A copy by NumPy: torch's own would be a value of torch.func's transforms, where one is on its way."""
+        """A copy not made by torch: that would be a value of torch.func's transforms, where one is on its way."""
         if not value.is_cpu:
             value = value.cpu()
+        if value.is_contiguous():
+            # A third of the time that NumPy takes, and this is done before each step.
+            return cls(value.dtype, value.shape, ctypes.string_at(value.data_ptr(), value.nbytes))
         size = value.element_size()
-        array = np.zeros(0, np.uint8)
-        if value.numel():
-            strides = tuple(size * stride for stride in value.stride())
-            array = np.array(_Memory(value, f"=u{size}", tuple(value.shape), strides), order="C")
-        return cls(value.dtype, value.shape, array.reshape(-1).view(np.uint8))
+        strides = tuple(size * stride for stride in value.stride())
+        array = np.asarray(_Memory(value, f"=u{size}", tuple(value.shape), strides))
+        return cls(value.dtype, value.shape, array.tobytes())
 
 
 def _aligned(num_bytes: int, alignment: int = ALIGNMENT) -> int:
