@@ -96,3 +96,40 @@ def test_no_file_is_two_rooms() -> None:
     """A file past about 400 lines asks to be two."""
     long = {path.name: count for path in FILES if (count := len(path.read_text().splitlines())) > 430}
     assert not long
+
+
+OUTSIDE = sorted(
+    path for folder in ("tests", "benchmarks", "docs") for path in (ROOT.parent / folder).rglob("*.py")
+)
+
+
+@pytest.mark.skipif(not OUTSIDE, reason="the package was installed without its source tree")
+def test_what_is_imported_is_there() -> None:
+    """What tests, benchmarks and examples take from the package: some run only beside servers that CI has none of."""
+    for path in OUTSIDE:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "fx_instrument":
+                continue
+            source = ROOT.joinpath(*str(node.module).split(".")[1:])
+            source = source / "__init__.py" if source.is_dir() else source.with_suffix(".py")
+            assert source.is_file(), f"{path}:{node.lineno} imports from {node.module}"
+            there = names_in(source) | {child.stem for child in source.parent.iterdir()}
+            for alias in node.names:
+                assert alias.name in there, f"{path}:{node.lineno} imports {alias.name} from {node.module}"
+
+
+def names_in(path: Path) -> set[str]:
+    """What a file binds outside its functions and classes."""
+    found: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+            continue
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        waiting += ast.iter_child_nodes(node)
+    return found

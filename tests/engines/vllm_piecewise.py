@@ -6,10 +6,10 @@ from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from fx_instrument.integrations.vllm import _restore_piecewise
+from fx_instrument.integrations.vllm_checks import restore_piecewise
 
 
 class PiecewiseWorker(CPUWorker):
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        _restore_piecewise(vllm_config)
+        restore_piecewise(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
