@@ -48,6 +48,7 @@ class Admission:
         self._max_memory_bytes = max_memory_bytes
         self._largest_run_bytes = 0
         self._lock = threading.Lock()
+        self._ring_bytes = int(budget.limit_bytes * _PINNED_SHARE)
 
     def of_run(self, ticket: Ticket, num_records: int, num_bytes: int, device_bytes: int) -> Ticket:
         """The ticket of a graph run, which says of which device, with room if there is any.
@@ -97,17 +98,16 @@ class Admission:
 
     def _most(self, device: torch.device | None) -> int:
         """The most bytes that anything may hold in the budget: more would be waited for in vain."""
-        limit = self._budget.limit_bytes
-        return limit - self._ring_bytes if self._is_beside_ring(device) else limit
-
-    def _is_beside_ring(self, device: torch.device | None) -> bool:
-        return device is not None or self.transfer.has_ring
+        if device is None and not self.transfer.has_ring:
+            return self._budget.limit_bytes
+        return self._budget.limit_bytes - self._ring_bytes
 
     def _too_small(self, what: str, device: torch.device | None) -> BufferTooSmallError:
-        beside = ", beside the pinned part of it," if self._is_beside_ring(device) else ""
+        most = self._most(device)
+        beside = ", beside the pinned part of it," if most < self._budget.limit_bytes else ""
         return BufferTooSmallError(
             f"{what}, but max_memory_gb={self._max_memory_bytes / 1e9:g} leaves the buffer{beside} "
-            f"{self._most(device)} bytes; raise max_memory_gb, or capture fewer sites or samples"
+            f"{most} bytes; raise max_memory_gb, or capture fewer sites or samples"
         )
 
     def _admit(self, device_bytes: int) -> bool:
@@ -128,10 +128,6 @@ class Admission:
             return False
         timeout_s = self._patience() if self._patience is not None else None
         return self._budget.acquire(num_bytes, wait=True, timeout_s=timeout_s)
-
-    @property
-    def _ring_bytes(self) -> int:
-        return int(self._budget.limit_bytes * _PINNED_SHARE)
 
     def _claim_pinned(self) -> int:
         """Count in the pinned ring, all at once; answers its size."""

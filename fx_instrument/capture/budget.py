@@ -28,7 +28,8 @@ class HostBudget:
         self._still_held = 0
         self._postponed = 0
         self._open = True
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
 
     @property
     def held_bytes(self) -> int:
@@ -48,32 +49,37 @@ class HostBudget:
         More than the whole bound is never granted, so nothing waits for it.
         """
         needed = num_bytes + leave_bytes
-        wait = wait and needed <= self.limit_bytes
-        with self._changed:
-            if self._open and self._held + needed > self.limit_bytes and wait:
-                started = time.perf_counter_ns()
-                self._num_waiting += 1
-                try:
-                    self._changed.wait_for(
-                        lambda: not self._open or self._held + needed <= self.limit_bytes, timeout_s
-                    )
-                finally:
-                    self._num_waiting -= 1
-                    self.stalled_ns += time.perf_counter_ns() - started
+        # Not the condition, whose own way in and out is in Python: this is done twice a step.
+        with self._lock:
+            if wait and self._open and needed <= self.limit_bytes < self._held + needed:
+                self._wait_for(needed, timeout_s)
             granted = self._open and self._held + needed <= self.limit_bytes
             if granted:
                 self._held += num_bytes
-                self.peak_bytes = max(self.peak_bytes, self._held)
+                if self._held > self.peak_bytes:
+                    self.peak_bytes = self._held
         return granted
+
+    def _wait_for(self, needed: int, timeout_s: float | None) -> None:
+        started = time.perf_counter_ns()
+        self._num_waiting += 1
+        try:
+            self._changed.wait_for(
+                lambda: not self._open or self._held + needed <= self.limit_bytes, timeout_s
+            )
+        finally:
+            self._num_waiting -= 1
+            self.stalled_ns += time.perf_counter_ns() - started
 
     def release(self, num_bytes: int) -> None:
         """Count out bytes whose memory was freed."""
-        with self._changed:
+        with self._lock:
             trim = self._freed_so(num_bytes)
             postponed = min(num_bytes, self._still_held - self._postponed)
             self._postponed += postponed
             self._held -= num_bytes - postponed
-            self._changed.notify_all()
+            if self._num_waiting:
+                self._changed.notify_all()
         if trim:
             return_freed_memory()
 
@@ -104,7 +110,8 @@ class HostBudget:
 
     def forked(self) -> None:
         """In a forked process: who held the lock is not there, nor who would release anything."""
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._open = False
 
     def shut(self) -> None:

@@ -49,7 +49,10 @@ class Kinds:
 
 def device_of(values: Sequence[torch.Tensor]) -> torch.device | None:
     """Where a graph's values come from through pinned memory; None where they don't."""
-    return next((value.device for value in values if value.is_cuda), None)
+    for value in values:
+        if value.is_cuda:
+            return value.device
+    return None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -79,7 +79,7 @@ class PinnedTransfer:
         if 0 < num_bytes <= self.ring.capacity_bytes // 4:
             # What lies between values, and between the pieces of two devices, is not known yet.
             needed = num_bytes + num_bytes // 64 + 2 * ALIGNMENT
-        with self._changed:
+        with self.order:
             if self._open and self._is_free() and (not needed or self.ring.has_room(needed)):
                 return True
             if not wait or not self._open:
@@ -87,7 +87,7 @@ class PinnedTransfer:
             self.num_waiting += 1
         started = time.monotonic()
         try:
-            with self._changed:
+            with self.order:
                 self._changed.wait_for(lambda: not self._open or self._is_free(), timeout_s)
                 admitted = self._open and self._is_free()
             if admitted and needed:
@@ -95,7 +95,7 @@ class PinnedTransfer:
                 admitted = self.ring.wait_for(needed, left_s)
             return admitted
         finally:
-            with self._changed:
+            with self.order:
                 self.num_waiting -= 1
                 self.stalled_ns += int((time.monotonic() - started) * 1e9)
 
@@ -124,7 +124,7 @@ class PinnedTransfer:
             self._memory = self._engine.allocate(self.ring.capacity_bytes, next(iter(layout.starts)))
             self._bytes = self._memory.numpy()
         landing = Landing(self, layout, values)
-        with self._changed:
+        with self.order:
             try:
                 self._begin(landing, overwritten)
             except BaseException:
@@ -165,7 +165,7 @@ class PinnedTransfer:
 
     def shut(self) -> None:
         """Let nothing wait any more: what would make room has failed."""
-        with self._changed:
+        with self.order:
             self._open = False
             self._changed.notify_all()
         self.ring.shut()
@@ -181,7 +181,7 @@ class PinnedTransfer:
 
     def go_on(self) -> None:
         """Start the copies for which room has come back, the oldest first."""
-        with self._changed:
+        with self.order:
             while self._waiting:
                 landing = self._waiting[0]
                 self._copy(landing, self._place(landing))
@@ -192,7 +192,7 @@ class PinnedTransfer:
 
     def give_up(self, landing: Landing) -> None:
         """Copy nothing more of ``landing``."""
-        with self._changed:
+        with self.order:
             if landing in self._waiting:
                 self._waiting.remove(landing)
                 self._changed.notify_all()

@@ -38,7 +38,9 @@ class Ring:
         self._head = 0
         self._spans: deque[Span] = deque()
         self._open = True
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._num_waiting = 0
 
     @property
     def held_bytes(self) -> int:
@@ -50,7 +52,7 @@ class Ring:
 
     def take(self, num_bytes: int) -> Span | None:
         """A span of ``num_bytes``; None while there is no room for it, or after ``shut``."""
-        with self._changed:
+        with self._lock:
             start = self._place(num_bytes)
             if start is None or not self._open:
                 return None
@@ -62,31 +64,36 @@ class Ring:
 
     def has_room(self, num_bytes: int) -> bool:
         """Whether ``take(num_bytes)`` would have room."""
-        with self._changed:
+        with self._lock:
             return self._open and self._place(num_bytes) is not None
 
     def wait_for(self, num_bytes: int, timeout_s: float | None = None) -> bool:
         """True once ``take(num_bytes)`` has room; False after ``shut``, or after ``timeout_s`` seconds without."""
-        with self._changed:
-            found = self._changed.wait_for(
-                lambda: not self._open or self._place(num_bytes) is not None, timeout_s
-            )
+        with self._lock:
+            self._num_waiting += 1
+            try:
+                found = self._changed.wait_for(
+                    lambda: not self._open or self._place(num_bytes) is not None, timeout_s
+                )
+            finally:
+                self._num_waiting -= 1
             return found and self._open
 
     def release(self, span: Span) -> None:
         """Take a span back from one of its users; each does so exactly once."""
-        with self._changed:
+        with self._lock:
             assert span.users > 0, "a span was released twice"
             span.users -= 1
             while self._spans and not self._spans[0].users:
                 self._spans.popleft()
             if not self._spans:
                 self._head = 0
-            self._changed.notify_all()
+            if self._num_waiting:
+                self._changed.notify_all()
 
     def shut(self) -> None:
         """Let every waiting and later call answer that there is no room."""
-        with self._changed:
+        with self._lock:
             self._open = False
             self._changed.notify_all()
 

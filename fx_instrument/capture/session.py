@@ -229,7 +229,9 @@ class Session:
         values = list(inputs.values())
         device = device_of(values)
         total = len(values) * RECORD_OVERHEAD_BYTES
-        total += sum(value.nbytes for value in values if device is None or value.device != device)
+        for value in values:
+            if device is None or value.device != device:
+                total += value.nbytes
         ticket = self._admission.of_inputs(Ticket(device=device, overwritten=device is not None), total)
         if ticket.dropped:
             with self._lock:

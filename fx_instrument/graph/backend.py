@@ -207,6 +207,8 @@ class CapturedGraph:
         self._arguments = _picker(rewritten.arguments)
         self._tokens = _picker([planned.token for planned in rewritten.planned])
         self._known: dict[tuple[int, ...], _Chosen] = {}
+        self._last: tuple[tuple[Any, ...], _Chosen] | None = None
+        """The tokens of the run before, nearly always those of the next one, and what they chose."""
 
     def __call__(self, *args: Any) -> Any:
         marker = self._marker
@@ -308,6 +310,9 @@ class CapturedGraph:
     def _chosen(self, args: Sequence[Any]) -> _Chosen:
         """The sites of this run; a module that runs this graph too may be no site."""
         tokens = self._tokens(args)
+        last = self._last
+        if last is not None and all(map(operator.is_, tokens, last[0])):
+            return last[1]
         key = tuple(map(id, tokens))
         known = self._known.get(key)
         if known is None:
@@ -321,6 +326,7 @@ class CapturedGraph:
                 frozenset(site.name for site in sites),
                 None if len(sites) == len(found) else keep,
             )
+        self._last = tokens, known
         return known
 
 

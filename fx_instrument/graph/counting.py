@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo.exc import BackendCompilerFailed
 
 from ..errors import IncompleteCaptureWarning, InstrumentationError
@@ -88,13 +89,19 @@ class CountedCall:
                 eager = None
             if self._marker.sink is None:
                 return (eager or self._idle)(*args, **kwargs)
-            return self._capture(args, kwargs, eager or self._capturing)
+            # Where Dynamo looks at no frame, there is nothing to keep it from, which takes its time.
+            capture = self._capture if get_eval_frame_callback() is None else self._capture_unseen
+            return capture(args, kwargs, eager or self._capturing)
         finally:
             turn.depth -= 1
             if gate.switching:
                 gate.left()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _capture_unseen(self, args: Any, kwargs: Any, call: Callable[..., Any]) -> Any:
+        """``_capture``, in calls from compiled code."""
+        return self._capture(args, kwargs, call)
+
     def _capture(self, args: Any, kwargs: Any, call: Callable[..., Any]) -> Any:
         marker = self._marker
         sink = marker.sink
@@ -187,8 +194,12 @@ def positional_names(model: nn.Module) -> tuple[str, ...]:
 
 def checked(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Those of the inputs that the file can hold."""
-    unwrapped_inputs = {name: unwrapped(value, f"the input {name}") for name, value in inputs.items()}
-    return {name: value for name, value in unwrapped_inputs.items() if is_plain(value)}
+    found = {}
+    for name, value in inputs.items():
+        value = unwrapped(value, "the input", name)
+        if is_plain(value):
+            found[name] = value
+    return found
 
 
 def integer_inputs(
@@ -205,9 +216,10 @@ def integer_inputs(
     for name, value in named.items():
         if not isinstance(value, torch.Tensor):
             continue
-        if name.endswith("attention_mask") and value.dim() == 4 and value.shape[2] > 0:
+        if value.dim() <= 2:
+            if value.dtype in INTEGER_DTYPES:
+                inputs[name] = value
+        elif value.dim() == 4 and name.endswith("attention_mask") and value.shape[2] > 0:
             row = value[:, 0, -1]
             inputs[name] = row == 0 if row.is_floating_point() else row != 0
-        elif value.dim() <= 2 and value.dtype in INTEGER_DTYPES:
-            inputs[name] = value
     return inputs

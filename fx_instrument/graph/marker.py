@@ -174,7 +174,7 @@ class Marker:
         sink = self.calls.sink_here(sink)
         if sink is None:
             return
-        value = unwrapped(value, f"the output of {site.name}")
+        value = unwrapped(value, "the output of", site.name)
         if not is_plain(value):
             raise RewriteError(
                 f"{site.name} returned a {type(value).__name__} of layout {value.layout}; only plain dense tensors can "
@@ -192,7 +192,7 @@ class Marker:
         return Marker, ({},)
 
 
-def unwrapped(value: torch.Tensor, what: str) -> torch.Tensor:
+def unwrapped(value: torch.Tensor, what: str, name: str) -> torch.Tensor:
     """A value as the file can hold it, under ``torch.func``'s transforms too.
 
     Raises:
@@ -202,8 +202,8 @@ def unwrapped(value: torch.Tensor, what: str) -> torch.Tensor:
     while functorch.is_functorch_wrapped_tensor(value):
         if functorch.is_batchedtensor(value):
             raise RewriteError(
-                f"{what} is computed under torch.vmap, where a value stands for many calls at once: capture without "
-                f"vmap, or give the model the batch itself"
+                f"{what} {name} is computed under torch.vmap, where a value stands for many calls at once: capture "
+                f"without vmap, or give the model the batch itself"
             )
         value = functorch.get_unwrapped(value)
     return value
