@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import around
 from benchmarks.machine import short_name
 from benchmarks.overhead import cli, costs, measure, models, report, timeline, variants
 from benchmarks.overhead.table import Options, table
@@ -223,3 +224,9 @@ def test_options_reach_another_process() -> None:
     assert found == Options(
         torch.bfloat16, "cpu", 3, False, compile_options={"mode": "default"}, variants=("nnsight",)
     )
+
+
+def test_what_stands_around_the_graph_is_timed() -> None:
+    """A step passes all marks, in order, so that each part of it took some time."""
+    found = around.measure(2, 3, "cpu", {"backend": "eager"})
+    assert tuple(found) == around.PARTS and all(value > 0 for value in found.values())

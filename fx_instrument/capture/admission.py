@@ -62,6 +62,10 @@ class Admission:
         """
         total = num_bytes + num_records * RECORD_OVERHEAD_BYTES
         on_host = ticket.device is None
+        # First what nearly always is: this is done in each step, before its graph runs.
+        if on_host and not self._drop and self._budget.acquire(total, wait=False):
+            ticket.grant(total)
+            return ticket
         needed = 2 * total if self._drop and on_host else total
         is_larger = needed > self._most(ticket.device)
         if is_larger and self._patience is None:
@@ -85,14 +89,16 @@ class Admission:
 
     def of_inputs(self, ticket: Ticket, num_bytes: int) -> Ticket:
         """The same of a step's inputs, which take so many bytes on the host, bookkeeping included."""
+        on_host = ticket.device is None
+        leave = self._largest_run_bytes if on_host else 0
+        if on_host and self._budget.acquire(num_bytes, wait=False, leave_bytes=leave):
+            ticket.grant(num_bytes)
+            return ticket
         if num_bytes > self._most(ticket.device) and not self._drop and self._patience is None:
             raise self._too_small(
                 f"the integer inputs of a step take {num_bytes} bytes with their bookkeeping", ticket.device
             )
-        on_host = ticket.device is None
-        if (on_host or self._admit(0)) and self._acquire(
-            num_bytes, self._largest_run_bytes if on_host else 0
-        ):
+        if (on_host or self._admit(0)) and self._acquire(num_bytes, leave):
             ticket.grant(num_bytes)
         return ticket
 

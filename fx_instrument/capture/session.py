@@ -179,11 +179,13 @@ class Session:
 
     def _hand_over(self, ticket: Ticket, delivery: Delivery) -> None:
         """Start the values of ``delivery`` on their way and tell the drain thread."""
+        kinds = delivery.kinds
         try:
+            if kinds is not None and kinds.are_on_host:
+                self._handover.put(delivery)
+                return
             with self._transfer.in_order(ticket.device):
-                started = self._transfer.start(
-                    delivery.values, delivery.kinds, overwritten=ticket.overwritten
-                )
+                started = self._transfer.start(delivery.values, kinds, overwritten=ticket.overwritten)
                 if isinstance(started, Landing):
                     delivery.landing, delivery.values = started, []
                 else:

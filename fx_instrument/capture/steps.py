@@ -92,7 +92,8 @@ class Steps:
         The step is the forward call that the thread is in; outside of one, its next one. Calls say which of its site's
         in the step each value is, from 0.
         """
-        run, step = self._run_of(sites), self._mine.step or self._reserve()
+        run = self._runs.get(id(sites)) or self._run_of(sites)
+        step = self._mine.step or self._reserve()
         with self._lock:
             if step.first is None:
                 step.first = run
@@ -116,13 +117,11 @@ class Steps:
 
     def _run_of(self, sites: Sequence[SiteLike]) -> _Run:
         """Remembered for graphs, which run again and again with one and the same tuple."""
-        run = self._runs.get(id(sites))
-        if run is None:
-            names = tuple(site.name for site in sites)
-            counts: dict[str, int] = {}
-            run = _Run(sites, names, _count(names, counts), counts)
-            if isinstance(sites, tuple) and len(sites) > 1 and len(self._runs) < _MAX_RUNS:
-                self._runs[id(sites)] = run
+        names = tuple(site.name for site in sites)
+        counts: dict[str, int] = {}
+        run = _Run(sites, names, _count(names, counts), counts)
+        if isinstance(sites, tuple) and len(sites) > 1 and len(self._runs) < _MAX_RUNS:
+            self._runs[id(sites)] = run
         return run
 
     def _reserve(self) -> _Step:

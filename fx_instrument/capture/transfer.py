@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -55,7 +55,7 @@ class Transfer:
         return nullcontext() if device is None else self._through_pinned().order
 
     def start(
-        self, values: list[torch.Tensor], kinds: Kinds | None = None, *, overwritten: bool = False
+        self, values: Sequence[torch.Tensor], kinds: Kinds | None = None, *, overwritten: bool = False
     ) -> Landing | list[torch.Tensor]:
         """Begin moving ``values``; called on the thread that ran the graph, right after it.
 
@@ -71,8 +71,6 @@ class Transfer:
         """
         if (kinds.device if kinds is not None else device_of(values)) is not None:
             return self._through_pinned().start(values, kinds, overwritten=overwritten)
-        if kinds is not None and kinds.are_on_host:
-            return values
         return [value if value.is_cpu else value.cpu() for value in values]
 
     def shut(self) -> None:

@@ -210,8 +210,7 @@ def integer_inputs(
     Of a 4-D attention mask (batch, heads or 1, queries, keys), as static caches make it, the last query's row: which
     keys it sees tells which tokens are padding, at a fraction of the size.
     """
-    named = dict(zip(names, args, strict=False))
-    named.update(kwargs)
+    named = {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
     inputs = {}
     for name, value in named.items():
         if not isinstance(value, torch.Tensor):

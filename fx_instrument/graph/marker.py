@@ -46,6 +46,8 @@ _DTYPES = INTEGER_DTYPES | {
 }
 """That streams hold; quantised tensors and packed elements of less than a byte are not among them."""
 
+_PLAIN = frozenset({torch.Tensor, nn.Parameter})
+
 _TOKENS = {False: "_fx_instrument_token", True: "_fx_instrument_op_token"}
 
 
@@ -217,4 +219,4 @@ def check_dtype(value: torch.Tensor, what: str) -> None:
 
 def is_plain(value: torch.Tensor) -> bool:
     """A dense tensor and no subclass: its bytes are its values."""
-    return type(value) in (torch.Tensor, nn.Parameter) and value.layout is torch.strided
+    return type(value) in _PLAIN and value.layout is torch.strided
