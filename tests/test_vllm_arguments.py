@@ -70,6 +70,7 @@ def engine(output: Path, parts: Mapping[str, Mapping[str, Any]], **options: Any)
         additional_config=arguments["additional_config"],
         speculative_config=parts.get("speculative_config"),
         num_speculative_tokens=parts.get("num_speculative_tokens", 0),
+        ec_transfer_config=parts.get("ec_transfer_config"),
     )
 
 
@@ -78,7 +79,12 @@ def test_what_the_arguments_say_is_accepted(tmp_path: Path, route: str) -> None:
     """With nothing changed, and eagerly, an engine starts: the refusals below are of what was changed."""
     for eagerly in (False, True):
         off = {"mode": 0, "cudagraph_mode": CudaGraphs.NONE} if eagerly else {}
-        parts = {"compilation_config": off, "parallel_config": {"tensor_parallel_size": 2}}
+        both = SimpleNamespace(is_ec_producer=True, is_ec_consumer=True)
+        parts = {
+            "compilation_config": off,
+            "parallel_config": {"tensor_parallel_size": 2},
+            "ec_transfer_config": both,
+        }
         config = engine(tmp_path / "a.stream", parts, route=route)
         capture = vllm._capture_of(config)
         assert capture.path == tmp_path / "a.stream" and not capture.is_capturing
@@ -91,6 +97,10 @@ def test_what_the_arguments_say_is_accepted(tmp_path: Path, route: str) -> None:
         ({"speculative_config": {"method": "ngram"}}, "speculative decoding .* switch one of the two off"),
         ({"num_speculative_tokens": 32}, "diffusion computes each row several times"),
         ({"cache_config": {"kv_sharing_fast_prefill": True}}, "kv_sharing_fast_prefill computes some rows"),
+        (
+            {"ec_transfer_config": SimpleNamespace(is_ec_producer=True, is_ec_consumer=False)},
+            "runs encoders for other instances and never its language model",
+        ),
         (
             {
                 "parallel_config": {"tensor_parallel_size": 2},

@@ -27,6 +27,12 @@ def check_supported(vllm_config: Any, route: Route) -> None:
         raise InstrumentationError(
             "kv_sharing_fast_prefill computes some rows of a prompt in some layers only: switch one of the two off"
         )
+    encoders = vllm_config.ec_transfer_config
+    if encoders is not None and encoders.is_ec_producer and not encoders.is_ec_consumer:
+        raise InstrumentationError(
+            "an instance of ec_role 'ec_producer' runs encoders for other instances and never its language model, so "
+            "there is nothing to capture: capture in those that it works for"
+        )
     for option in ("prefill_context_parallel_size", "decode_context_parallel_size"):
         if getattr(parallel, option, 1) > 1:
             raise InstrumentationError(f"{option} > 1 spreads a request's rows over workers: not supported")
