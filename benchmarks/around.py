@@ -1,8 +1,8 @@
 """What a capturing step costs the thread that runs the model, around its graph: ``python -m benchmarks.around``.
 
-Microseconds of that thread's CPU time a call of an instrumented model: from the call to where its compiled code is
-entered, from where its graph's turn comes to where the graph is told to run, and behind both. That is all of this
-package's Python on that thread; Dynamo's guards, which the same model without captures has, are left out. On a device
+Microseconds of that thread's CPU time a call of an instrumented model: from where the call is counted to where its
+compiled code is entered, from where its graph's turn comes to where the graph is told to run, and behind both. Left out
+are the switch between the two variants, which a call without captures passes as well, and Dynamo's guards. On a device
 the host's time before the graph is what a program waits for that waits for each token.
 
 The model is a Llama on random weights, a token for each of four sequences; nothing is compressed.

@@ -380,13 +380,14 @@ def test_host_bytes_keep_their_memory() -> None:
         torch.empty(0, 3, dtype=torch.int16),
         torch.tensor([True, False]),
         torch.arange(5, dtype=torch.uint8).expand(2, 5),
+        torch.arange((1 << 17) + 1),
     ],
 )
 def test_inputs_are_copied_as_they_are(value: torch.Tensor) -> None:
     """Row-major, with memory of their own: what the caller writes into them later is not seen."""
     expected = value.clone(memory_format=torch.contiguous_format)
     writer = HeldWriter()
-    capture = session(writer)
+    capture = session(writer, limit=4_000_000)
     capture.begin_step({"x": value})
     value.untyped_storage().fill_(0)
     capture.end_step()

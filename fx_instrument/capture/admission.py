@@ -91,6 +91,7 @@ class Admission:
         """The same of a step's inputs, which take so many bytes on the host, bookkeeping included."""
         on_host = ticket.device is None
         leave = self._largest_run_bytes if on_host else 0
+        # First what nearly always is, as above.
         if on_host and self._budget.acquire(num_bytes, wait=False, leave_bytes=leave):
             ticket.grant(num_bytes)
             return ticket

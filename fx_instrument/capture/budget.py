@@ -85,12 +85,12 @@ class HostBudget:
 
     def hold(self, num_bytes: int) -> None:
         """Until ``let_go``, so many bytes stay counted whatever is released: a graph that runs has them still."""
-        with self._changed:
+        with self._lock:
             self._still_held += num_bytes
 
     def let_go(self, num_bytes: int) -> None:
         """The graph has returned; what was released meanwhile is counted out."""
-        with self._changed:
+        with self._lock:
             self._still_held -= num_bytes
             over = max(0, self._postponed - self._still_held)
             self._postponed -= over
@@ -116,6 +116,6 @@ class HostBudget:
 
     def shut(self) -> None:
         """Let every waiting and later ``acquire`` answer False: what would release the bytes has failed."""
-        with self._changed:
+        with self._lock:
             self._open = False
             self._changed.notify_all()

@@ -15,6 +15,8 @@ from .ring import ALIGNMENT
 
 _SMALL_BYTES = 1 << 20
 """Mean size of values up to which a copy on the device costs less than a copy to the host for each."""
+_AS_BYTES = 1 << 20
+"""Up to so many ``ctypes.string_at`` copies inputs, which keeps the interpreter's lock, and takes a size as a C int."""
 _PIECE_BYTES = 32 << 20
 """The most that values copied together have, so that the first is with the writer before the last has arrived."""
 
@@ -181,7 +183,7 @@ class Copied(NamedTuple):
         """A copy not made by torch: that would be a value of torch.func's transforms, where one is on its way."""
         if not value.is_cpu:
             value = value.cpu()
-        if value.is_contiguous():
+        if value.nbytes <= _AS_BYTES and value.is_contiguous():
             # A third of the time that NumPy takes, and this is done before each step.
             return cls(value.dtype, value.shape, ctypes.string_at(value.data_ptr(), value.nbytes))
         size = value.element_size()

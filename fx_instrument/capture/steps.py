@@ -92,7 +92,8 @@ class Steps:
         The step is the forward call that the thread is in; outside of one, its next one. Calls say which of its site's
         in the step each value is, from 0.
         """
-        run = self._runs.get(id(sites)) or self._run_of(sites)
+        # A graph runs again and again with one and the same tuple.
+        run = self._runs.get(id(sites)) or self._new_run(sites)
         step = self._mine.step or self._reserve()
         with self._lock:
             if step.first is None:
@@ -115,8 +116,8 @@ class Steps:
         finally:
             mine.step = before
 
-    def _run_of(self, sites: Sequence[SiteLike]) -> _Run:
-        """Remembered for graphs, which run again and again with one and the same tuple."""
+    def _new_run(self, sites: Sequence[SiteLike]) -> _Run:
+        """Of sites that were not seen before; remembered, where they are a graph's."""
         names = tuple(site.name for site in sites)
         counts: dict[str, int] = {}
         run = _Run(sites, names, _count(names, counts), counts)

@@ -89,7 +89,7 @@ class CountedCall:
                 eager = None
             if self._marker.sink is None:
                 return (eager or self._idle)(*args, **kwargs)
-            # Where Dynamo looks at no frame, there is nothing to keep it from, which takes its time.
+            # Dynamo looks at frames only where a callback is set; keeping it from that takes microseconds.
             capture = self._capture if get_eval_frame_callback() is None else self._capture_unseen
             return capture(args, kwargs, eager or self._capturing)
         finally:
@@ -99,7 +99,7 @@ class CountedCall:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _capture_unseen(self, args: Any, kwargs: Any, call: Callable[..., Any]) -> Any:
-        """``_capture``, in calls from compiled code."""
+        """``_capture``, in calls from compiled code: Dynamo would compile what it runs."""
         return self._capture(args, kwargs, call)
 
     def _capture(self, args: Any, kwargs: Any, call: Callable[..., Any]) -> Any:
