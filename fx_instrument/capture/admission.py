@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -119,22 +120,19 @@ class Admission:
 
     def _admit(self, device_bytes: int) -> bool:
         """Whether a graph may leave so much on a device, from where it goes into the ring piece by piece."""
-        if self.transfer.admit(device_bytes, wait=False):
-            return True
-        self._seal()
-        if self._drop:
-            return False
-        timeout_s = self._patience() if self._patience is not None else None
-        return self.transfer.admit(device_bytes, wait=True, timeout_s=timeout_s)
+        return self._found(partial(self.transfer.admit, device_bytes))
 
     def _acquire(self, num_bytes: int, leave_bytes: int) -> bool:
-        if self._budget.acquire(num_bytes, wait=False, leave_bytes=leave_bytes):
+        return self._found(partial(self._budget.acquire, num_bytes, leave_bytes=leave_bytes))
+
+    def _found(self, attempt: Callable[..., bool]) -> bool:
+        """Whether there is room: at once, or once pages that are not full are stored, where that is waited for."""
+        if attempt(wait=False):
             return True
         self._seal()
         if self._drop:
             return False
-        timeout_s = self._patience() if self._patience is not None else None
-        return self._budget.acquire(num_bytes, wait=True, timeout_s=timeout_s)
+        return attempt(wait=True, timeout_s=self._patience() if self._patience is not None else None)
 
     def _claim_pinned(self) -> int:
         """Count in the pinned ring, all at once; answers its size."""

@@ -92,19 +92,24 @@ def language_part(model: torch.nn.Module, *, named: bool) -> str:
     get = getattr(model, "get_language_model", None)
     if get is None:
         return ""
-    part, unknown = None, None
     try:
         part = get()
-    except NotImplementedError as said:
-        # So vLLM's own method says that it found none: where no sites are named, that is the cause of the error below.
-        unknown = said
+    except NotImplementedError as none_found:
+        # So vLLM's own method says that it knows of no language model. Sites that are named can do without.
+        if named:
+            return ""
+        raise _unknown_part(model) from none_found
     name = next((name for name, module in model.named_modules() if module is part), None)
     if name is None and not named:
-        raise InstrumentationError(
-            f"vLLM does not say which part of {type(model).__name__} is its language model, and other parts have no "
-            f"rows of tokens: name sites inside it, HookConfig(target_layers=[...])"
-        ) from unknown
+        raise _unknown_part(model)
     return name or ""
+
+
+def _unknown_part(model: torch.nn.Module) -> InstrumentationError:
+    return InstrumentationError(
+        f"vLLM does not say which part of {type(model).__name__} is its language model, and other parts have no rows "
+        f"of tokens: name sites inside it, HookConfig(target_layers=[...])"
+    )
 
 
 def check_whole(model: torch.nn.Module, names: Iterable[str], parallel_config: Any) -> None:
