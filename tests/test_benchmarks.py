@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ import torch
 
 from benchmarks import around
 from benchmarks.machine import short_name
-from benchmarks.overhead import cli, costs, measure, models, report, timeline, variants
+from benchmarks.overhead import cli, costs, measure, models, report, sections, timeline, variants
 from benchmarks.overhead.table import Options, table
-from benchmarks.overhead.workloads import Bench, Workload
+from benchmarks.overhead.workloads import KINDS, Bench, Workload
 
 COLUMNS = {
     "time_ratio": float,
@@ -203,6 +204,15 @@ def test_a_run_whose_time_is_up_keeps_whole_rounds() -> None:
             [variants.compiled(setup), variants.plain(setup)], Workload("prefill", 2, 8, 1), model, over
         )
     assert found["rounds"] == 1 and all("time_ratio" in row for row in found["variants"].values())
+
+
+@pytest.mark.parametrize("name", ["real", "toy"])
+def test_blocks_are_as_long_as_asked(options: Options, name: str) -> None:
+    """Of every kind of workload, whatever a block would have by itself."""
+    asked = dataclasses.replace(options, kinds=KINDS, steps=7)
+    assert [(w.kind, w.steps) for w in sections.main_workloads(name, asked)] == [(kind, 7) for kind in KINDS]
+    usual = sections.main_workloads(name, dataclasses.replace(asked, steps=None))
+    assert all(workload.steps not in (0, 7) for workload in usual)
 
 
 def test_a_block_that_compiles_says_so(tmp_path: Path) -> None:

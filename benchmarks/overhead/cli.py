@@ -48,6 +48,12 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
     "--rounds", type=click.IntRange(min=1), help="Interleaved rounds of each workload [5, with --quick 3]."
 )
 @click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    help="Steps of a block of real and toy [a second's or two]. Where others slow the machine down for seconds at a "
+    "time, many rounds of short blocks say more than few of long ones; the ends of a block weigh more there.",
+)
+@click.option(
     "--within",
     type=click.FloatRange(min=0, min_open=True),
     help="Begin no round, workload or section after so many seconds; what was measured is kept.",
@@ -68,6 +74,7 @@ def main(
     kinds: tuple[str, ...],
     names: tuple[str, ...],
     rounds: int | None,
+    steps: int | None,
     within: float | None,
     dtype: str,
     device: str | None,
@@ -99,6 +106,7 @@ def main(
         compile_options={"mode": mode} if mode else {},
         kinds=kinds,
         variants=names,
+        steps=steps,
         ends=time.monotonic() + within if within else None,
     )
     result = begin(output, bool(only), today, device, dtype)

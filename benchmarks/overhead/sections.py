@@ -43,7 +43,9 @@ def main_workloads(name: str, options: Options) -> list[Workload]:
     if options.device != "cpu":
         # A call of the real model takes milliseconds there, one of the toy half of one.
         times *= 4 if name == "toy" else 16
-    return [Workload(kind, 4, lengths.get(kind, 32), int(steps[kind] * times)) for kind in kinds]
+    return [
+        Workload(kind, 4, lengths.get(kind, 32), options.steps or int(steps[kind] * times)) for kind in kinds
+    ]
 
 
 def real(options: Options) -> dict[str, Any]:

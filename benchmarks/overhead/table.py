@@ -44,6 +44,8 @@ class Options:
     """Kinds of workload that the models run; chosen by ``full`` and ``quick`` if empty."""
     variants: Sequence[str] = ()
     """Only variants whose names hold one of these, beside the base; all if empty."""
+    steps: int | None = None
+    """Of a block of ``real``, ``toy`` and ``parts``; some that take a second or two if None."""
     ends: float | None = None
     """``time.monotonic`` from when on nothing new is begun."""
     say: Callable[[str], None] = ignore
