@@ -50,8 +50,8 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 @click.option(
     "--steps",
     type=click.IntRange(min=1),
-    help="Steps of a block of real and toy [a second's or two]. Where others slow the machine down for seconds at a "
-    "time, many rounds of short blocks say more than few of long ones; the ends of a block weigh more there.",
+    help="Steps of a block of real, toy and parts [a second's or two]. Where others slow the machine down for seconds "
+    "at a time, many rounds of short blocks say more than few of long ones; the ends of a block weigh more there.",
 )
 @click.option(
     "--within",

@@ -95,10 +95,11 @@ def language_part(model: torch.nn.Module, *, named: bool) -> str:
     try:
         part = get()
     except NotImplementedError as none_found:
-        # So vLLM's own method says that it knows of no language model. Sites that are named can do without.
-        if named:
-            return ""
-        raise _unknown_part(model) from none_found
+        # vLLM's own method raises this where it finds no language model: an answer, not a failure. The part bounds
+        # where sites may lie; whoever named them has chosen, so those have no bound. Without names it ends here.
+        if not named:
+            raise _unknown_part(model) from none_found
+        return ""
     name = next((name for name, module in model.named_modules() if module is part), None)
     if name is None and not named:
         raise _unknown_part(model)
