@@ -724,7 +724,8 @@ def test_rows_of_a_padded_batch() -> None:
         None,
         None,
     ]
-    noted = tagged({}, first, set())
+    noted, told = tagged({}, first, set())
+    assert len(told) == 2
     assert noted[ROWS_INPUT][:, 0].tolist()[0] == NO_REQUEST and noted[ROWS_INPUT].shape == (4, 3)
 
 

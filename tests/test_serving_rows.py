@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import PLAIN, make, tokens
@@ -259,3 +261,76 @@ def test_a_row_source_that_tells_requests_apart(tmp_path: Path) -> None:
         again = torch.cat([stream.read("layers.0.mlp", step)[0] for step in (3, 4)])
         assert torch.equal(rows.tensor(), again)
         assert second["layers.0.mlp"].token_positions.tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("run", "says"),
+    [
+        ((17, 0, 4), "as strings, got 17"),
+        (("s", -1, 4), "from 0 to"),
+        (("s", 1 << 62, 4), "from 0 to"),
+        (("s", 0.0, 4), "cannot be interpreted as an integer"),
+        (("s", 0, 4, -1), "from 0 to"),
+    ],
+)
+def test_a_row_source_that_no_file_could_hold(run: tuple[Any, ...], says: str, tmp_path: Path) -> None:
+    """It ends the recording with the reason, and what was recorded before it can be read."""
+    model, framework = instrumented(make(PLAIN))
+    recorder = Recorder(framework, tmp_path / "r", min_free_bytes=0)
+    recorder.start()
+    runs = iter([("good", 0, 4), run])
+    recorder.set_row_source(lambda: [next(runs)])
+    for _ in range(2):
+        model(tokens(1, 4))
+    assert says in str(recorder.report.last_failure)
+    recorder.close()
+    with open_stream(tmp_path / "r") as stream:
+        assert stream.requests == ("good",)
+
+
+def test_a_row_source_with_a_request_that_waits(tmp_path: Path) -> None:
+    """A run of no rows is nothing to note; NumPy's integers are integers."""
+    model, framework = instrumented(make(PLAIN))
+    with Recorder(framework, tmp_path / "r", min_free_bytes=0) as recorder:
+        recorder.set_row_source(lambda: [("waits", 3, 0), ("runs", np.int64(2), np.int32(4), np.int64(6))])
+        model(tokens(1, 4))
+        assert recorder.report.failures == 0
+    with open_stream(tmp_path / "r") as stream:
+        assert stream.requests == ("runs",)
+        assert stream.request("runs")["layers.0.mlp"].token_positions.tolist() == [2, 3, 4, 5]
+
+
+def test_each_recorder_has_requests_of_its_own(tmp_path: Path) -> None:
+    """Of two models in one request, a recorder notes the rows of its own, and only those that it was asked for."""
+    (embedder, first), (generator, second) = instrumented(make(PLAIN)), instrumented(make(PLAIN))
+    one = Recorder(first, tmp_path / "one", min_free_bytes=0, requests_only=True)
+    two = Recorder(second, tmp_path / "two", min_free_bytes=0)
+    with one, two:
+        with two.request("r1"):
+            embedder(tokens(1, 7))
+            generator(tokens(1, 5))
+        with one.request("r2"), two.request("r2"):
+            embedder(tokens(1, 6))
+            generator(tokens(1, 3))
+    with open_stream(tmp_path / "one") as stream:
+        assert stream.requests == ("r2",)
+        assert stream.request("r2")["layers.0.mlp"].token_positions.tolist() == list(range(6))
+    with open_stream(tmp_path / "two") as stream:
+        assert stream.requests == ("r1", "r2")
+        for name, count in (("r1", 5), ("r2", 3)):
+            assert stream.request(name)["layers.0.mlp"].token_positions.tolist() == list(range(count))
+
+
+def test_a_generator_that_ends_in_another_context(tmp_path: Path) -> None:
+    """A streamed response does not fail at its end for having been recorded."""
+    model, framework = instrumented(make(PLAIN))
+    with Recorder(framework, tmp_path / "r", min_free_bytes=0) as recorder:
+
+        def answer() -> Iterator[int]:
+            with recorder.request("s"):
+                model(tokens(1, 4))
+                yield 0
+
+        steps = answer()
+        assert contextvars.copy_context().run(next, steps) == 0
+        assert contextvars.copy_context().run(next, steps, None) is None

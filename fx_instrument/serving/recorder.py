@@ -186,7 +186,9 @@ class Recorder:
         and never part of a path.
 
         What is inside may run in another thread, if that was given this context, as ``asyncio.to_thread`` and
-        Starlette's thread pool do. Costs nothing while the recorder is off.
+        Starlette's thread pool do. Not around a ``yield`` to whoever sends a streamed response: each step of such a
+        generator may run in a context of its own, or in that of another request, and its rows then get that one's id
+        or none. Costs nothing while the recorder is off.
         """
         ids = (request_id,) if isinstance(request_id, str) else tuple(request_id)
         if not any(ids) or not all(isinstance(one, str) for one in ids):
@@ -194,7 +196,8 @@ class Recorder:
                 f"request_id must be one or several strings that are not all empty, got {request_id!r}"
             )
         epoch = self._router.epoch  # read first: what starts in between counts as not seen
-        with in_request(Request(ids, self._max_stall_s, epoch=epoch if self.active else None)):
+        request = Request(ids, self._max_stall_s, epoch=epoch if self.active else None)
+        with in_request(self._router, request):
             yield
 
     def set_row_source(self, source: RowSource | None) -> None:

@@ -77,7 +77,7 @@ class Router:
             # The call before was cut off by an exception inside one compiled function.
             mine.runs = []
             self.end_step()
-        request = current_request()
+        request = current_request(self)
         mine.in_step = True
         mine.request = request
         mine.runs, mine.handled = [], sys.exc_info()[1]
@@ -101,21 +101,20 @@ class Router:
         if not runs:
             return session.begin_step(inputs)
         with self._lock:
-            named = set(lane.introduced)
-            noted = tagged(inputs, runs, lane.introduced)
+            noted, told = tagged(inputs, runs, lane.introduced)
         lost = session.dropped_inputs
         in_session = session.begin_step(noted)
         if session.dropped_inputs != lost:
             # The names may have found no room: say them again with the next step.
             with self._lock:
-                lane.introduced &= named
+                lane.introduced.difference_update(told)
         return in_session
 
     @contextlib.contextmanager
     def _joined(self, lane: Lane | None, request: Request | None, in_session: Join) -> Iterator[None]:
         """This thread works for another one's forward call, unless it serves a request of its own."""
         mine = self._mine
-        if current_request() not in (None, request):
+        if current_request(self) not in (None, request):
             yield
             return
         mine.in_step, mine.lane, mine.request, mine.patience_s = True, lane, request, self._max_stall_s
@@ -202,7 +201,7 @@ class Router:
         """The lane of this thread's forward call; outside of one (T5's encoder in ``generate``) the current lane."""
         mine = self._mine
         if not mine.in_step:
-            mine.request = current_request()
+            mine.request = current_request(self)
             if mine.request is None and self._requests_only:
                 return None
             mine.patience_s = self._max_stall_s

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import operator
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +38,7 @@ class NamedRun(NamedTuple):
 
 
 RowSource = Callable[[], Sequence[NamedRun | tuple[Any, ...]] | None]
+_LAST_POSITION = (1 << 31) - 1
 _KNOWN = 10_000
 """So many ids of a row source keep their number from one forward call to the next."""
 
@@ -195,9 +197,13 @@ class SourcedRows:
         self._lock = threading.Lock()
 
     def runs(self) -> list[TaggedRun]:
-        named = [NamedRun(*run) for run in self._source() or ()]
+        named = [_checked(NamedRun(*run)) for run in self._source() or ()]
         with self._lock:
-            return [(self._tag(run) if run.request_id else None, run.position, run.num_rows) for run in named]
+            return [
+                (self._tag(run) if run.request_id else None, run.position, run.num_rows)
+                for run in named
+                if run.num_rows
+            ]
 
     def _tag(self, run: NamedRun) -> Tag:
         key = (run.request_id, run.sequence)
@@ -211,6 +217,27 @@ class SourcedRows:
         return tag
 
 
+def _checked(run: NamedRun) -> NamedRun:
+    """The run, if a file can hold it: what none can be read with would cost all other requests, too.
+
+    Raises:
+        TypeError: the id is no string, or a number is no integer.
+        ValueError: a number is negative, or no file holds it.
+    """
+    if not isinstance(run.request_id, str):
+        raise TypeError(f"a row source gives request ids as strings, got {run.request_id!r}")
+    numbers = [operator.index(run.position), operator.index(run.num_rows)]
+    if run.num_prompt_tokens is not None:
+        numbers.append(operator.index(run.num_prompt_tokens))
+    if min(numbers) < 0 or sum(numbers[:2]) > _LAST_POSITION or max(numbers) > _LAST_POSITION:
+        raise ValueError(f"a row source gives positions and counts from 0 to {_LAST_POSITION}, got {run!r}")
+    return run._replace(
+        position=numbers[0],
+        num_rows=numbers[1],
+        num_prompt_tokens=None if run.num_prompt_tokens is None else numbers[2],
+    )
+
+
 def ran(runs: Sequence[TaggedRun]) -> None:
     """The forward call of these runs succeeded: the next one goes on behind them."""
     for tag, position, count in runs:
@@ -220,17 +247,18 @@ def ran(runs: Sequence[TaggedRun]) -> None:
 
 def tagged(
     inputs: Mapping[str, torch.Tensor], runs: Sequence[TaggedRun], introduced: set[tuple[int, int | None]]
-) -> dict[str, torch.Tensor]:
-    """``inputs`` with the notes on ``runs``; what this file was not told of a request (``introduced``) yet, it is."""
+) -> tuple[dict[str, torch.Tensor], Collection[tuple[int, int | None]]]:
+    """``inputs`` with the notes on ``runs``, and what this file is told of requests by them: what it was not told
+    (``introduced``) before."""
     if not runs:
-        return dict(inputs)
+        return dict(inputs), ()
     numbered = [(NO_REQUEST if tag is None else tag.number, position, count) for tag, position, count in runs]
     noted = {**inputs, ROWS_INPUT: encode_rows(numbered)}
     new = {tag.told: tag.entry() for tag, _, _ in runs if tag is not None and tag.told not in introduced}
     if new:
         noted[NEW_INPUT] = encode_new(list(new.values()))
         introduced.update(new)
-    return noted
+    return noted, new
 
 
 def _padding(real: npt.NDArray[np.bool_]) -> tuple[int, int]:
@@ -241,21 +269,26 @@ def _padding(real: npt.NDArray[np.bool_]) -> tuple[int, int]:
     return int(places[0]), len(real) - 1 - int(places[-1])
 
 
-_REQUEST: contextvars.ContextVar[Request | None] = contextvars.ContextVar(
-    "fx_instrument_request", default=None
+_NO_REQUESTS: Mapping[object, Request] = {}
+_REQUESTS: contextvars.ContextVar[Mapping[object, Request]] = contextvars.ContextVar(
+    "fx_instrument_requests", default=_NO_REQUESTS
 )
+"""What each recorder serves in a context: two models of one process have a recorder each."""
 
 
-def current_request() -> Request | None:
-    """The request that this context serves."""
-    return _REQUEST.get()
+def current_request(of: object) -> Request | None:
+    """The request that this context serves with the recorder ``of``."""
+    return _REQUESTS.get().get(of)
 
 
 @contextlib.contextmanager
-def in_request(request: Request) -> Iterator[None]:
-    """Forward calls in this context belong to ``request``."""
-    token = _REQUEST.set(request)
+def in_request(of: object, request: Request) -> Iterator[None]:
+    """Forward calls in this context belong to ``request``, for the recorder ``of``."""
+    token = _REQUESTS.set({**_REQUESTS.get(), of: request})
     try:
         yield
     finally:
-        _REQUEST.reset(token)
+        # A generator that a server resumes, or closes, in another context was left there: the one that it entered is
+        # no longer this one, nothing is to be put back, and a response must not fail for it.
+        with contextlib.suppress(ValueError):
+            _REQUESTS.reset(token)
