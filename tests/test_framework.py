@@ -211,6 +211,23 @@ def test_resuming(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("backend", ["eager", "inductor", None])
+def test_samples_of_nothing(tmp_path: Path, backend: str | None, dynamic: bool | None) -> None:
+    """Samples are 1-D, those of an empty value too; a file of both reads as one."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    sampled = HookGranularity.SAMPLED_SLICES
+    hooks = HookConfig(target_layers=["0"], sampling_rate=0.5)
+    framework = InstrumentationFramework(InstrumentationConfig(granularity=sampled, hook_config=hooks))
+    framework.instrument_model(model, backend=backend, **({"dynamic": dynamic} if backend else {}))
+    with torch.no_grad(), framework.capture_activations(tmp_path / "s.stream"):
+        for shape in ((0, 4, 8), (2, 0, 8), (2, 4, 8)):
+            model(torch.zeros(shape))
+    with open_stream(tmp_path / "s.stream") as stream:
+        shapes = [(tuple(record.tensor().shape), record.full_shape) for record in stream["0"]]
+    assert shapes == [((0,), (0, 4, 8)), ((0,), (2, 0, 8)), ((32,), (2, 4, 8))]
+
+
 def test_files_that_are_no_streams(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         open_stream(tmp_path / "none")

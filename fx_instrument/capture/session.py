@@ -211,7 +211,7 @@ class Session:
             rate, seed = self._sampling
             count = num_samples(value.numel(), rate)
             ticket = self._reserve_for((site,), value, count * value.element_size())
-            if not ticket.dropped and value.numel():
+            if not ticket.dropped:
                 kept = self._copied(ticket, lambda: _samples(value, rate, seed))
         else:
             ticket = self._reserve_for((site,), value, value.nbytes)

@@ -253,10 +253,10 @@ def _sample(graph: fx.Graph, source: fx.Node, sampling: Sampling) -> fx.Node:
     """The kept elements, 1-D: positions are computed in the graph, from the (symbolic) size alone."""
     fake = source.meta["example_value"]
     numel: Any = fake.numel()
-    if isinstance(numel, int) and numel == 0:
-        return _clone(graph, source)
     inserter = _Inserter(graph, source)
     flat = inserter.call(torch.flatten, inserter.call(torch.detach, fx.Proxy(source, inserter)))
+    if isinstance(numel, int) and numel == 0:
+        return inserter.call(torch.clone, flat).node
     count: Any
     if isinstance(numel, int):
         count = num_samples(numel, sampling.rate)
