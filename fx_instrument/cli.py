@@ -230,7 +230,7 @@ def recover(files: Sequence[Path], output: Path | None, as_json: bool) -> int:
 @click.option(
     "--format", "format_", type=click.Choice(sorted(FORMATS.values())), help="Default: by OUTPUT's suffix."
 )
-@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export at OUTPUT.")
 @site_option
 @recover_option
 @json_option

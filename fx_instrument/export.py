@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .activations import ActivationStream, Record
+from .activations import ActivationStream, Record, open_stream
 from .analysis import describe
 from .dtypes import widened
-from .errors import MissingPackageError
+from .errors import MissingPackageError, NotAStreamError, StreamError
 from .token_rows import TokenRows
 
 FORMATS = {
@@ -75,7 +75,8 @@ def export_stream(
     Raises:
         ValueError: unknown format or site, values that have no common exact type (Parquet, Arrow), complex values
             where the format has none, files that were sampled in different ways.
-        FileExistsError: ``output`` exists, or shards or an index of that name, and ``overwrite`` is False.
+        FileExistsError: ``output`` exists, or shards or an index of that name, and ``overwrite`` is False; or it is
+            what no export made: a stream, or a folder other than a Zarr group's.
         MissingPackageError: the format's library is not installed.
     """
     path = Path(output)
@@ -91,6 +92,8 @@ def export_stream(
     earlier = _made_before(path, sharded=chosen == "safetensors")
     if earlier and not overwrite:
         raise FileExistsError(f"{earlier[0]} exists already; overwrite replaces it")
+    for file in earlier:
+        _check_replaceable(file, is_folder=chosen == "zarr")
     wanted = frozenset(sites) if sites is not None else frozenset(site.name for site in stream.sites)
     tracked = _Selection(stream, wanted, progress)
     if chosen == "safetensors":
@@ -374,7 +377,26 @@ def _made_before(path: Path, *, sharded: bool) -> list[Path]:
     if sharded:
         shard = re.compile(rf"{re.escape(path.stem)}-\d{{5,}}-of-\d{{5,}}{re.escape(path.suffix)}")
         files += [_index_of(path), *(near for near in path.parent.glob("*") if shard.fullmatch(near.name))]
-    return [file for file in files if file.exists()]
+    return [file for file in files if os.path.lexists(file)]
+
+
+def _check_replaceable(path: Path, *, is_folder: bool) -> None:
+    """Raise FileExistsError for what no export made: the output may have been forgotten, and be the last input."""
+    if path.is_dir():
+        names = {inside.name for inside in path.iterdir()}
+        if not is_folder or (names and not names & {"zarr.json", ".zgroup"}):
+            raise FileExistsError(
+                f"{path} is a folder that no export to this format made; nothing was overwritten"
+            )
+    elif path.is_file() and path.stat().st_size:
+        try:
+            open_stream(path).close()
+        except NotAStreamError:
+            return
+        except StreamError:
+            # A stream that is damaged, still being written, or of a later version.
+            pass
+        raise FileExistsError(f"{path} holds captured values; overwrite replaces earlier exports only")
 
 
 def _index_of(path: Path) -> Path:

@@ -6,6 +6,7 @@ import builtins
 import importlib
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -215,6 +216,39 @@ def test_what_is_there_is_replaced_only_when_asked(tmp_path):
         with pytest.raises(ValueError, match="format must be one of"):
             export_stream(stream, tmp_path / "a.csv")
     assert not list(tmp_path.glob(".*.part"))
+
+
+@pytest.mark.parametrize("name", ["o.npz", "o.zarr", "o.safetensors"])
+def test_only_exports_are_overwritten(tmp_path, name):
+    """A forgotten OUTPUT makes the last input one: neither a stream, nor a cut one, nor a folder of them is lost."""
+    pytest.importorskip("zarr" if name == "o.zarr" else "safetensors")
+    source = write_stream(tmp_path / "a.stream", [{MLP: values(1, 2, 4)}])
+    whole = source.read_bytes()
+    output, folder = tmp_path / name, tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.stream").write_bytes(whole)
+    format = name[2:]
+    with open_stream(source) as stream:
+        for held in (whole, whole[:-1], whole[: len(whole) // 2]):
+            output.write_bytes(held)
+            with pytest.raises(FileExistsError, match="holds captured values"):
+                export_stream(stream, output, overwrite=True)
+            assert output.read_bytes() == held
+        with pytest.raises(FileExistsError, match="holds captured values"):
+            export_stream(stream, source, format=format, overwrite=True)
+        with pytest.raises(FileExistsError, match="no export to this format made"):
+            export_stream(stream, folder, format=format, overwrite=True)
+        output.unlink()
+        output.symlink_to(tmp_path / "nowhere")
+        with pytest.raises(FileExistsError, match="overwrite replaces it"):
+            export_stream(stream, output)
+        output.unlink()
+        for held in (b"", b"of an earlier export"):
+            output.write_bytes(held)
+            export_stream(stream, output, overwrite=True)
+            if output.is_dir():
+                shutil.rmtree(output)
+    assert source.read_bytes() == whole and (folder / "a.stream").read_bytes() == whole
 
 
 @pytest.mark.parametrize("dtype", [torch.complex32, torch.complex64, torch.complex128], ids=str)

@@ -31,6 +31,7 @@ from fx_instrument import (
     NoSitesError,
     NotAStreamError,
     NotInstrumentedError,
+    RewriteError,
     StreamError,
     analyze_activations,
     open_stream,
@@ -460,6 +461,31 @@ def test_a_model_changed_after_instrumenting() -> None:
     with torch.no_grad(), framework.capture_activations(None) as capture:
         model(ids)
     assert capture.report.records == 4
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.Linear(4, 4)
+        self.mlp = nn.Sequential(nn.Tanh(), nn.Linear(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.attn(x))
+
+
+def test_a_module_of_an_instrumented_model(tmp_path: Path) -> None:
+    """Instrumented by itself, and capturing while the idle model is traced: the model's call says what is wrong."""
+    model = Layer()
+    whole, part = (
+        InstrumentationFramework(InstrumentationConfig(hook_config=HookConfig(target_layers=[name])))
+        for name in ("attn", "0")
+    )
+    whole.instrument_model(model, backend="aot_eager")
+    part.instrument_model(model.mlp, backend="aot_eager")
+    with part.capture_activations(tmp_path / "part.stream"):
+        model.mlp(torch.ones(1, 4))
+        with pytest.raises(RewriteError, match="was instrumented by itself"):
+            model(torch.ones(1, 4))
 
 
 def test_the_users_own_hooks_go_on() -> None:

@@ -24,8 +24,8 @@ from .sites import Site
 from .strict import compile_strictly
 
 _STRANGE_MARK = (
-    "a capture mark stands in the traced graph without a site: the model was changed after instrument_model; restore "
-    "it and instrument it again"
+    "a capture mark stands in the traced graph without a site: the model was changed after instrument_model, or a "
+    "module of it was instrumented by itself; restore both and instrument the model again"
 )
 
 Compiled = Callable[..., Any]

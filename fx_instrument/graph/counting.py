@@ -92,6 +92,12 @@ class CountedCall:
             # Dynamo looks at frames only where a callback is set; keeping it from that takes microseconds.
             capture = self._capture if get_eval_frame_callback() is None else self._capture_unseen
             return capture(args, kwargs, eager or self._capturing)
+        except BackendCompilerFailed as failure:
+            # Dynamo wraps whatever a backend raises; what this package says reaches the caller as it was said.
+            inner = failure.inner_exception
+            if isinstance(inner, InstrumentationError):
+                raise inner from None
+            raise
         finally:
             turn.depth -= 1
             if gate.switching:
@@ -123,12 +129,6 @@ class CountedCall:
             result = call(*args, **kwargs)
             marker.witness.completed = True
             return result
-        except BackendCompilerFailed as failure:
-            # Dynamo wraps whatever a backend raises; what this package says reaches the caller as it was said.
-            inner = failure.inner_exception
-            if isinstance(inner, InstrumentationError):
-                raise inner from None
-            raise
         finally:
             calls.end(sink)
 
