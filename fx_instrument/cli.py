@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _error_line(error: Exception) -> str:
-    return f"[red]error:[/] {escape(str(error).replace('recover=True', '--recover'))}"
+    return f"[red]error:[/] {escape(_for_shell(str(error)))}"
+
+
+def _for_shell(text: str) -> str:
+    return text.replace("recover=True", "--recover")
 
 
 def _exit_code(error: Exception) -> int:
@@ -147,14 +151,21 @@ def stats(files: Sequence[Path], as_json: bool, recover: bool, globs: Sequence[s
 @files_argument
 @json_option
 def verify(files: Sequence[Path], as_json: bool) -> int:
-    """Check every byte against its checksums; exit code 1 if a file is damaged or cut short."""
-    found = []
+    """Check every byte against its checksums; exit code 1 if a file is damaged or cut short.
+
+    Of several files, one that can't be checked is named, and the others are checked all the same; the exit code is then
+    the first such file's.
+    """
     with show_progress("verifying", quiet=as_json) as progress:
         names = stream_files(files)
-        for done, name in enumerate(names):
-            progress(done, len(names))
-            found.append(check_file(name))
-    ok = all(result["ok"] for result in found)
+        done = itertools.count()
+
+        def check(name: str) -> dict[str, Any]:
+            progress(next(done), len(names))
+            return check_file(name)
+
+        found, failed = _each(names, check)
+    ok = not failed and all(result["ok"] for result in found)
     if as_json:
         problems = [problem for result in found for problem in result["problems"]]
         print_json(
@@ -164,17 +175,19 @@ def verify(files: Sequence[Path], as_json: bool) -> int:
                 "readable_records": sum(result["readable_records"] for result in found),
                 "problems": problems,
                 "files": found,
+                "failed": [{"file": name, "reason": str(error)} for name, error in failed],
             }
         )
     else:
         out = console()
         for result in found:
             for problem in result["problems"]:
-                out.print(f"[red]damaged:[/] {escape(problem['reason'])}")
+                out.print(f"[red]damaged:[/] {escape(_for_shell(problem['reason']))}")
             count = result["readable_records"]
             state = f"whole, {count} records" if result["ok"] else f"{count} records are readable"
             out.print(f"{escape(result['file'])}: {state}")
-    return 0 if ok else EXIT_DAMAGED
+        _print_failed(failed)
+    return _exit_code(failed[0][1]) if failed else 0 if ok else EXIT_DAMAGED
 
 
 @cli.command(short_help="Make damaged or cut files whole again.")
@@ -196,16 +209,12 @@ def recover(files: Sequence[Path], output: Path | None, as_json: bool) -> int:
     names = stream_files(files)
     if output is not None and len(names) > 1:
         raise click.UsageError(f"--output takes one file, got {len(names)}")
-    results: list[dict[str, Any]] = []
-    failed: list[tuple[str, Exception]] = []
-    for name in names:
-        try:
-            with show_progress(f"recovering {Path(name).name}", quiet=as_json) as progress:
-                results.append(recover_stream(name, output, progress=progress))
-        except (OSError, InstrumentationError) as error:
-            if len(names) == 1:
-                raise
-            failed.append((name, error))
+
+    def mend(name: str) -> dict[str, Any]:
+        with show_progress(f"recovering {Path(name).name}", quiet=as_json) as progress:
+            return recover_stream(name, output, progress=progress)
+
+    results, failed = _each(names, mend)
     code = _exit_code(failed[0][1]) if failed else 0
     if as_json:
         errors = [{"file": name, "reason": str(error)} for name, error in failed]
@@ -219,9 +228,29 @@ def recover(files: Sequence[Path], output: Path | None, as_json: bool) -> int:
             )
         state = "" if found["rewritten"] else ", whole already"
         out.print(f"{escape(found['file'])}: {found['records']} records of {found['steps']} steps{state}")
-    for _, reason in failed:
-        Console(stderr=True, soft_wrap=True).print(_error_line(reason))
+    _print_failed(failed)
     return code
+
+
+def _each(
+    names: Sequence[str], work: Callable[[str], dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[tuple[str, Exception]]]:
+    """What ``work`` found of each file, and what it failed with; a single file's failure is raised."""
+    results: list[dict[str, Any]] = []
+    failed: list[tuple[str, Exception]] = []
+    for name in names:
+        try:
+            results.append(work(name))
+        except (OSError, InstrumentationError) as error:
+            if len(names) == 1:
+                raise
+            failed.append((name, error))
+    return results, failed
+
+
+def _print_failed(failed: Sequence[tuple[str, Exception]]) -> None:
+    for _, error in failed:
+        Console(stderr=True, soft_wrap=True).print(_error_line(error))
 
 
 @cli.command(short_help="Write the records in another library's format.")

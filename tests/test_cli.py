@@ -105,6 +105,21 @@ def test_verify_finds_a_flipped_bit_and_a_cut(capsys, stream_file):
     assert call(capsys, "verify", stream_file)[0] == 1
 
 
+def test_verify_goes_on_behind_what_is_no_stream(capsys, stream_file):
+    """Of several files each is named, whatever comes before it."""
+    cut, other = stream_file.with_name("cut.stream"), stream_file.with_name("text.stream")
+    cut.write_bytes(stream_file.read_bytes()[:-1])
+    other.write_text("a text")
+    code = run(["verify", str(other), str(cut), str(stream_file)])
+    said = capsys.readouterr()
+    out = said.out.replace("\n", "")
+    assert code == 3 and "a stream begins with" in said.err
+    assert f"{stream_file.name}: whole" in out and "damaged:" in out and "recover=True" not in out
+    code, found = call_json(capsys, "verify", other, cut, stream_file)
+    assert (code, found["ok"], [result["ok"] for result in found["files"]]) == (3, False, [False, True])
+    assert [failure["file"] for failure in found["failed"]] == [str(other)]
+
+
 def test_recover_makes_a_cut_file_whole_in_its_place(capsys, stream_file):
     with open_stream(stream_file) as stream:
         expected = {(record.site, record.step): record.tensor() for record in stream}
