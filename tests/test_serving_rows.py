@@ -269,6 +269,7 @@ def test_a_row_source_that_tells_requests_apart(tmp_path: Path) -> None:
         ((17, 0, 4), "as strings, got 17"),
         (("s", -1, 4), "from 0 to"),
         (("s", 1 << 62, 4), "from 0 to"),
+        (("s", 0, (1 << 31) + 1), "from 0 to"),
         (("s", 0.0, 4), "cannot be interpreted as an integer"),
         (("s", 0, 4, -1), "from 0 to"),
     ],

@@ -94,23 +94,17 @@ def language_part(model: torch.nn.Module, *, named: bool) -> str:
         return ""
     try:
         part = get()
-    except NotImplementedError as none_found:
-        # vLLM's own method raises this where it finds no language model: an answer, not a failure. The part bounds
-        # where sites may lie; whoever named them has chosen, so those have no bound. Without names it ends here.
-        if not named:
-            raise _unknown_part(model) from none_found
-        return ""
+    except NotImplementedError:
+        # What vLLM's own method raises where it finds no language model: an answer, which is treated below as one that
+        # names no module. Sites that were named have no bound then; without names that ends here.
+        part = None
     name = next((name for name, module in model.named_modules() if module is part), None)
     if name is None and not named:
-        raise _unknown_part(model)
+        raise InstrumentationError(
+            f"vLLM does not say which part of {type(model).__name__} is its language model, and other parts have no "
+            f"rows of tokens: name sites inside it, HookConfig(target_layers=[...])"
+        )
     return name or ""
-
-
-def _unknown_part(model: torch.nn.Module) -> InstrumentationError:
-    return InstrumentationError(
-        f"vLLM does not say which part of {type(model).__name__} is its language model, and other parts have no rows "
-        f"of tokens: name sites inside it, HookConfig(target_layers=[...])"
-    )
 
 
 def check_whole(model: torch.nn.Module, names: Iterable[str], parallel_config: Any) -> None:

@@ -210,7 +210,8 @@ class Recorder:
                 prompt's tokens (None: not known) and with what tells requests of one id apart: equal (and hashable)
                 in all runs of a request, different in those of another. Without the latter an id that begins again
                 at position 0 is another request, unless the run has all of its tokens so far and one more; so an
-                engine that gives up what it computed and computes it again in pieces should say it.
+                engine that gives up what it computed and computes it again in pieces should say it. Runs of no rows
+                are left out; an id that is no string, or a number below 0, ends the recording as any failure does.
         """
         self._router.set_row_source(source)
 

@@ -13,6 +13,7 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,15 @@ import numpy.typing as npt
 import torch
 
 from ..mask_columns import step_columns
-from ..requests import NEW_INPUT, NO_REQUEST, ROWS_INPUT, TOKENS_INPUT, encode_new, encode_rows
+from ..requests import (
+    MAX_REQUEST_ROWS,
+    NEW_INPUT,
+    NO_REQUEST,
+    ROWS_INPUT,
+    TOKENS_INPUT,
+    encode_new,
+    encode_rows,
+)
 
 
 class NamedRun(NamedTuple):
@@ -38,7 +47,6 @@ class NamedRun(NamedTuple):
 
 
 RowSource = Callable[[], Sequence[NamedRun | tuple[Any, ...]] | None]
-_LAST_POSITION = (1 << 31) - 1
 _KNOWN = 10_000
 """So many ids of a row source keep their number from one forward call to the next."""
 
@@ -218,24 +226,19 @@ class SourcedRows:
 
 
 def _checked(run: NamedRun) -> NamedRun:
-    """The run, if a file can hold it: what none can be read with would cost all other requests, too.
+    """The run, if ``fx_instrument.requests`` will read it: a single one that it refuses costs all requests of a folder.
 
     Raises:
         TypeError: the id is no string, or a number is no integer.
-        ValueError: a number is negative, or no file holds it.
+        ValueError: a position or count is negative, or above ``MAX_REQUEST_ROWS``.
     """
     if not isinstance(run.request_id, str):
         raise TypeError(f"a row source gives request ids as strings, got {run.request_id!r}")
-    numbers = [operator.index(run.position), operator.index(run.num_rows)]
-    if run.num_prompt_tokens is not None:
-        numbers.append(operator.index(run.num_prompt_tokens))
-    if min(numbers) < 0 or sum(numbers[:2]) > _LAST_POSITION or max(numbers) > _LAST_POSITION:
-        raise ValueError(f"a row source gives positions and counts from 0 to {_LAST_POSITION}, got {run!r}")
-    return run._replace(
-        position=numbers[0],
-        num_rows=numbers[1],
-        num_prompt_tokens=None if run.num_prompt_tokens is None else numbers[2],
-    )
+    position, num_rows = operator.index(run.position), operator.index(run.num_rows)
+    prompt = None if run.num_prompt_tokens is None else operator.index(run.num_prompt_tokens)
+    if min(position, num_rows, prompt or 0) < 0 or max(position + num_rows, prompt or 0) > MAX_REQUEST_ROWS:
+        raise ValueError(f"a row source gives positions and counts from 0 to {MAX_REQUEST_ROWS}, got {run!r}")
+    return run._replace(position=position, num_rows=num_rows, num_prompt_tokens=prompt)
 
 
 def ran(runs: Sequence[TaggedRun]) -> None:
@@ -269,9 +272,8 @@ def _padding(real: npt.NDArray[np.bool_]) -> tuple[int, int]:
     return int(places[0]), len(real) - 1 - int(places[-1])
 
 
-_NO_REQUESTS: Mapping[object, Request] = {}
 _REQUESTS: contextvars.ContextVar[Mapping[object, Request]] = contextvars.ContextVar(
-    "fx_instrument_requests", default=_NO_REQUESTS
+    "fx_instrument_requests", default=MappingProxyType({})
 )
 """What each recorder serves in a context: two models of one process have a recorder each."""
 
@@ -288,7 +290,7 @@ def in_request(of: object, request: Request) -> Iterator[None]:
     try:
         yield
     finally:
-        # A generator that a server resumes, or closes, in another context was left there: the one that it entered is
-        # no longer this one, nothing is to be put back, and a response must not fail for it.
+        # Raised in another context than was entered, as of a generator that a server resumes or closes elsewhere:
+        # nothing was set here that is to be put back, and a response must not fail for it.
         with contextlib.suppress(ValueError):
             _REQUESTS.reset(token)

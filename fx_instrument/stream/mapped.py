@@ -171,13 +171,14 @@ def _files_of_folder(folder: Path) -> list[str]:
     entries = sorted(
         entry for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith(".")
     )
-    found = [str(entry) for entry in entries if entry.suffix == SUFFIX or _begins_as_stream(entry)]
+    found = [str(entry) for entry in entries if entry.suffix == SUFFIX or begins_as_stream(entry)]
     if not found:
         raise NotAStreamError(f"{folder}: none of the {len(entries)} files in this folder is a stream")
     return found
 
 
-def _begins_as_stream(path: Path) -> bool:
+def begins_as_stream(path: Path) -> bool:
+    """Whether a file that can be read begins as a stream does, be it damaged, cut or of a later version."""
     try:
         with path.open("rb") as file:
             start = file.read(max(len(EMPTY_ZSTD_FRAME), len(EMPTY_LZ4_FRAME)) + (64 << 10))
