@@ -241,7 +241,7 @@ class ActivationStream:
         return self._reader.verify()
 
     def close(self) -> None:
-        """Let go of the files; tensors that were read stay valid."""
+        """Let go of the files; tensors that were read stay valid, other records can't be read any more."""
         self._reader.close()
 
     def __enter__(self) -> ActivationStream:

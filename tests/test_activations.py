@@ -202,6 +202,26 @@ def test_tensors_outlive_the_stream_and_may_be_written(tmp_path, steps, codec):
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_a_closed_stream_reads_nothing_more(tmp_path, steps, codec):
+    """Also not of pages that were read before; a record that an iteration gave holds its bytes."""
+    with open_stream(write_stream(tmp_path / "a.stream", steps, codec=codec)) as stream:
+        held, record = next(iter(stream)), stream[ATTN][1]
+        record.tensor()
+        expected = stream.read(held.site, held.step)
+    for ask in (
+        record.tensor,
+        lambda: record.tensor(copy=False),
+        lambda: stream[ATTN],
+        lambda: stream.read(ATTN, 0),
+        lambda: list(stream),
+        stream.verify,
+    ):
+        with pytest.raises(ValueError, match=r"a\.stream is closed"):
+            ask()
+    assert torch.equal(held.tensor(), expected)
+
+
 def test_writing_into_a_tensor_does_not_change_what_is_read_next(tmp_path, steps):
     with open_stream(write_stream(tmp_path / "a.stream", steps)) as stream:
         stream.read(ATTN, 0).zero_()

@@ -142,6 +142,20 @@ def test_recover_makes_a_cut_file_whole_in_its_place(capsys, stream_file):
     assert [file.name for file in stream_file.parent.iterdir()] == ["a.stream"]
 
 
+@pytest.mark.parametrize("command", [["stats"], ["head"], ["export"]])
+def test_what_recover_passes_over_is_said(capsys, stream_file, command):
+    """On standard error, so that what a script reads stays what it was."""
+    whole = [*command, str(stream_file), *(["a.npz"] if command == ["export"] else [])]
+    whole = [str(stream_file.with_name(part)) if part == "a.npz" else part for part in whole]
+    assert run([*whole, "--json"]) == 0 and "missing" not in capsys.readouterr().err
+    stream_file.write_bytes(stream_file.read_bytes()[:-1])
+    again = ["--overwrite"] if command == ["export"] else []
+    assert run([*whole, "--json", "--recover", *again]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)
+    assert f"missing: {stream_file}:" in said.err and "recover=True" not in said.err
+
+
 def test_recover_into_another_file_leaves_the_first_alone(capsys, stream_file, tmp_path):
     cut = stream_file.read_bytes()[:-1]
     stream_file.write_bytes(cut)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -145,6 +146,81 @@ def test_a_disk_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     recorder._files._thread.join(60)
     with open_stream(recordings(tmp_path / "r")[0]) as stream:
         assert stream.num_steps == 1
+
+
+@pytest.mark.parametrize("warm_up_call", [1, 2])
+@pytest.mark.parametrize("ending", ["stop", "close"])
+def test_a_start_that_is_overtaken(tmp_path: Path, ending: str, warm_up_call: int) -> None:
+    """``stop`` and ``close`` wait no longer than told for a start that warms up, and it records nothing."""
+    model, framework = instrumented()
+    recorder = Recorder(framework, tmp_path / "r", min_free_bytes=0)
+    warming, held = threading.Event(), threading.Event()
+    failures: list[BaseException] = []
+    calls = itertools.count(1)
+
+    def warm_up() -> None:
+        model(tokens(1, 4))
+        if next(calls) == warm_up_call:
+            warming.set()
+            assert held.wait(60)
+
+    def start() -> None:
+        try:
+            recorder.start(warm_up=warm_up)
+        except InstrumentationError as error:
+            failures.append(error)
+
+    starter = threading.Thread(target=start)
+    starter.start()
+    assert warming.wait(60)
+    if ending == "stop":
+        assert not recorder.stop(timeout_s=0.05)
+    else:
+        with pytest.raises(
+            TimeoutError, match=r"start\(\) was not done within 0\.05 s: it ends without recording"
+        ):
+            recorder.close(timeout_s=0.05)
+    held.set()
+    starter.join(60)
+    assert len(failures) == 1 and "nothing is recorded" in str(failures[0])
+    assert not recorder.active
+    until(lambda: not recorder._is_capturing and not recorder._files.is_ending)
+    assert recordings(tmp_path / "r") == []
+    if ending == "stop":
+        assert recorder.stop(timeout_s=60)
+        recorder.start()
+        model(tokens(1, 4))
+        recorder.close()
+        assert recorder.report.steps == 1 and recorder.report.failures == 0
+    else:
+        until(lambda: not recorder._files._thread.is_alive())
+
+
+def test_a_stop_while_the_next_file_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that hangs in the creation of a file holds up no ``stop``, and that file is not recorded into."""
+    model, framework = instrumented()
+    recorder = Recorder(framework, tmp_path / "r", min_free_bytes=0)
+    recorder.start()
+    model(tokens(1, 4))
+    beginning, held, open_session = threading.Event(), threading.Event(), recorder._files._open_session
+
+    def hanging(path: Path) -> Session:
+        beginning.set()
+        assert held.wait(60)
+        return open_session(path)
+
+    monkeypatch.setattr(recorder._files, "_open_session", hanging)
+    rotating = threading.Thread(target=recorder.rotate)
+    rotating.start()
+    assert beginning.wait(60)
+    recorder.stop(timeout_s=0.05)
+    assert not recorder.active
+    held.set()
+    rotating.join(60)
+    assert recorder.stop(timeout_s=60) and not recorder.active
+    assert len(recordings(tmp_path / "r")) == 1
+    recorder.close()
+    assert recorder.report.steps == 1 and recorder.report.failures == 0
 
 
 def test_a_transformers_server_that_is_another(tmp_path: Path) -> None:

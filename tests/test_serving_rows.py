@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import PLAIN, make, tokens
 from tiny_llm import tiny_llama
+from waiting import until
 
 from fx_instrument import InstrumentationConfig, InstrumentationFramework, Recorder, open_stream
 from fx_instrument.serving.tags import Request
@@ -283,7 +284,7 @@ def test_a_row_source_that_no_file_could_hold(run: tuple[Any, ...], says: str, t
     recorder.set_row_source(lambda: [next(runs)])
     for _ in range(2):
         model(tokens(1, 4))
-    assert says in str(recorder.report.last_failure)
+    until(lambda: says in str(recorder.report.last_failure))
     recorder.close()
     with open_stream(tmp_path / "r") as stream:
         assert stream.requests == ("good",)

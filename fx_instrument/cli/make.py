@@ -10,11 +10,20 @@ import torch
 from rich.markup import escape
 
 from ..activations import open_stream
+from ..analysis import describe_damage
 from ..config import CODECS, HookGranularity
 from ..export import FORMATS, export_stream
 from ..packets import convert_packets
 from ..terminal import console, print_json, show_progress
-from .options import choose, files_argument, json_option, one_or_all, recover_option, site_option
+from .options import (
+    choose,
+    files_argument,
+    json_option,
+    one_or_all,
+    print_lost,
+    recover_option,
+    site_option,
+)
 
 
 @click.command(short_help="Write the records in another library's format.")
@@ -46,6 +55,7 @@ def export(
             made = export_stream(
                 stream, output, format=format_, sites=sites, overwrite=overwrite, progress=progress
             )
+        print_lost(describe_damage(stream.damage))
     if as_json:
         print_json({"files": [str(file) for file in made]})
         return

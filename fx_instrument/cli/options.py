@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
+from rich.console import Console
 from rich.markup import escape
 
 from ..errors import (
@@ -19,6 +21,7 @@ from ..errors import (
 )
 
 EXIT_DAMAGED, EXIT_USAGE, EXIT_UNREADABLE, EXIT_MISSING_PACKAGE, EXIT_FAILED = 1, 2, 3, 4, 5
+_GAPS_SHOWN = 10
 EXIT_CODES = """\b
 Exit codes: 0 done; 1 the file is damaged or cut short; 2 wrong usage, no such file, or output exists;
 3 not a stream, or of a newer format; 4 an optional package is missing; 5 anything else that failed."""
@@ -61,6 +64,16 @@ def exit_code(error: Exception) -> int:
     ):
         return EXIT_USAGE
     return EXIT_FAILED
+
+
+def print_lost(damage: Sequence[Mapping[str, Any]]) -> None:
+    """Say on standard error what ``--recover`` passed over (gaps as ``describe_damage`` gives them)."""
+    out = Console(stderr=True, soft_wrap=True)
+    for gap in damage[:_GAPS_SHOWN]:
+        where = f"{gap['num_bytes']} bytes at {gap['offset']}"
+        out.print(f"[yellow]missing:[/] {escape(gap['file'])}: {where}: {escape(for_shell(gap['reason']))}")
+    if len(damage) > _GAPS_SHOWN:
+        out.print(f"[yellow]missing:[/] {len(damage) - _GAPS_SHOWN} more gaps, which info --json lists")
 
 
 def one_or_all(files: Sequence[Path]) -> Path | Sequence[Path]:

@@ -9,11 +9,19 @@ from pathlib import Path
 import click
 
 from ..activations import open_stream
-from ..analysis import analyze_activations, describe
+from ..analysis import analyze_activations, describe, describe_damage
 from ..record_table import record_rows, record_table
 from ..site_table import info_table, site_table
 from ..terminal import console, print_json, show_progress
-from .options import choose, files_argument, json_option, one_or_all, recover_option, site_option
+from .options import (
+    choose,
+    files_argument,
+    json_option,
+    one_or_all,
+    print_lost,
+    recover_option,
+    site_option,
+)
 
 
 @click.command(short_help="Say what a file holds and where it comes from.")
@@ -44,6 +52,7 @@ def stats(files: Sequence[Path], as_json: bool, recover: bool, globs: Sequence[s
         found = analyze_activations(one_or_all(files), recover=recover, progress=progress)
     if globs:
         found["sites"] = {name: found["sites"][name] for name in choose(list(found["sites"]), globs)}
+    print_lost(found["metadata"]["damage"])
     if as_json:
         print_json(found)
         return
@@ -71,6 +80,7 @@ def head(
         chosen = choose(names, globs) if globs else names
         ranks = stream.ranks
         found = list(itertools.islice(record_rows(stream, chosen, values), records))
+        print_lost(describe_damage(stream.damage))
     if as_json:
         print_json(found)
         return

@@ -76,6 +76,7 @@ class Recorder:
         self._framework = framework
         self._max_stall_s = float(max_stall_s)
         self._is_capturing = False
+        self._starting = self._stops = 0  # guarded by the files' ``changed``
         self._closed = False
         self._files = RotatingFiles(
             folder,
@@ -118,51 +119,75 @@ class Recorder:
 
         Raises:
             NotInstrumentedError, InstrumentationError, BufferTooSmallError, OSError: as ``capture_activations``.
+                InstrumentationError also where ``stop`` or ``close`` was called meanwhile: nothing is recorded then.
             CaptureActiveError: another capture of the framework is open.
             TimeoutError: forward calls never paused, or the file before is still being ended.
         """
-        # Before taking the lock, which the thread that ends files needs too.
-        if not self.active:
-            self._files.wait_ended(timeout_s)
-        with self._files.control:
-            self._check_open()
-            if self.active:
-                return
-            framework = self._framework
-            attachment = framework._attached("Recorder.start")
-            if framework._capture not in (None, self):
-                raise CaptureActiveError("a capture of this framework is open: leave its block first")
-            attachment.check_unchanged()
-            if warm_up is not None and not self._is_capturing:
+        changed = self._files.changed
+        with changed:
+            self._starting += 1
+            stops = self._stops
+        try:
+            # Before taking the lock, which the thread that ends files needs too.
+            if not self.active:
+                self._files.wait_ended(timeout_s)
+            with self._files.control:
+                self._start(warm_up, timeout_s, stops)
+        finally:
+            with changed:
+                self._starting -= 1
+                changed.notify_all()
+
+    def _start(self, warm_up: Callable[[], object] | None, timeout_s: float, stops: int) -> None:
+        """Begin a file, unless ``stop`` is called meanwhile: ``stops`` is how often it was before."""
+        self._check_open()
+        if self.active:
+            return
+        framework = self._framework
+        attachment = framework._attached("Recorder.start")
+        if framework._capture not in (None, self):
+            raise CaptureActiveError("a capture of this framework is open: leave its block first")
+        attachment.check_unchanged()
+        if warm_up is not None and not self._is_capturing:
+            warm_up()
+        self._check_not_stopped(stops)
+        lane = self._files.begin(open_folder=True)
+        try:
+            if not self._is_capturing:
+                framework._capture = self
+                self._switch(True, timeout_s)
+            if warm_up is not None:
                 warm_up()
-            lane = self._files.begin(open_folder=True)
-            try:
-                if not self._is_capturing:
-                    framework._capture = self
-                    self._switch(True, timeout_s)
-                if warm_up is not None:
-                    warm_up()
-            except BaseException:
-                self._files.retire(lane)
-                if not self._is_capturing:
-                    framework._capture = None
-                raise
-            self._router.epoch += 1
-            self._files.replace(lane)
-            log.info("activation recording switched on: %s", lane.path)
+            # With the lock under which stop() counts itself: it either comes before, or finds the file.
+            with self._files.changed:
+                self._check_not_stopped(stops)
+                self._router.epoch += 1
+                self._files.replace(lane)
+        except BaseException:
+            self._files.retire(lane)
+            if not self._is_capturing:
+                framework._capture = None
+            raise
+        log.info("activation recording switched on: %s", lane.path)
 
     def stop(self, *, timeout_s: float = 30.0) -> bool:
         """Record no more, at once, and end the file; the model runs its idle variant as soon as calls pause.
 
+        A ``start`` that goes on in another thread, warming up, ends without recording.
+
         Returns:
-            True once both are done; False if they were not within ``timeout_s`` seconds, and go on in the background.
+            True once all that is done; False if it was not within ``timeout_s`` seconds, and goes on in the background.
         """
         files = self._files
-        if self.active:
-            files.stop()
+        with files.changed:
+            self._stops += 1
+            active = files.stop() is not None
+        if active:
             log.info("activation recording switched off")
         with files.changed:
-            return files.changed.wait_for(lambda: not (files.is_ending or self._is_capturing), timeout_s)
+            return files.changed.wait_for(
+                lambda: not (files.is_ending or self._is_capturing or self._starting), timeout_s
+            )
 
     def rotate(self) -> None:
         """End the file and begin the next one now; forward calls in flight finish in the old one.
@@ -219,16 +244,20 @@ class Recorder:
         """Stop for good and give the folder back.
 
         Raises:
-            TimeoutError: the last file was not ended, or calls did not pause, within ``timeout_s`` seconds.
+            TimeoutError: the last file was not ended, a ``start`` went on in another thread, or calls did not pause,
+                within ``timeout_s`` seconds.
         """
         if self._closed:
             return
         done = self.stop(timeout_s=timeout_s)
         self._closed = True
+        starting = bool(self._starting)
         self._files.close(timeout_s=timeout_s if done else 0)
         if not done:
             raise TimeoutError(
-                f"forward calls did not pause within {timeout_s:g} s: their variant is left later"
+                f"start() was not done within {timeout_s:g} s: it ends without recording"
+                if starting
+                else f"forward calls did not pause within {timeout_s:g} s: their variant is left later"
             )
 
     def __enter__(self) -> Recorder:
@@ -248,6 +277,7 @@ class Recorder:
         """In a forked process: closed, and the framework is free for recorders and captures of its own."""
         self._closed = True
         self._is_capturing = False
+        self._starting = 0
         if self._framework._capture is self:
             self._framework._capture = None
 
@@ -303,3 +333,7 @@ class Recorder:
     def _check_open(self) -> None:
         if self._closed:
             raise InstrumentationError("the recorder is closed: make a new one")
+
+    def _check_not_stopped(self, stops: int) -> None:
+        if self._stops != stops:
+            raise InstrumentationError("stop() was called while the recorder started: nothing is recorded")

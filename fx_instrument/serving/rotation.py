@@ -88,7 +88,8 @@ class RotatingFiles:
         self._check = check
         self._tend = tend
         self.control = threading.RLock()
-        """Held while the current file changes: by switches and by what the thread decides, one at a time."""
+        """Held while a file is begun or found to have failed, one at a time. What ends all waits for none of that:
+        whoever has begun a file looks, with ``changed``, whether it is still wanted."""
         self.changed = threading.Condition()
         """Guards what follows; notified when a file is ended."""
         self._ended = RecorderTotals()
@@ -177,15 +178,15 @@ class RotatingFiles:
                 self.wait_ended(timeout_s)
             with self.control:
                 if self._lane is None:
-                    self.replace(self.begin(open_folder=True))
+                    self._put(self.begin(open_folder=True), None)
+                    self._check_open()
         except Exception as error:
             self._count(error)
             raise
 
-    def stop(self) -> None:
-        """Record no more, at once; the file is ended beside the caller."""
-        with self.control:
-            self.replace(None)
+    def stop(self) -> Lane | None:
+        """Record no more, at once; the file, which is ended beside the caller."""
+        return self.replace(None)
 
     def rotate(self) -> None:
         """Begin the next file now; forward calls in flight finish in the old one.
@@ -194,7 +195,8 @@ class RotatingFiles:
             OSError: the next file can't be created; the old one stays.
         """
         with self.control:
-            self.replace(self.begin())
+            current = self._lane
+            self._put(self.begin(), current)
 
     def begin(self, *, open_folder: bool = False) -> Lane:
         """A new file, not current yet; ``open_folder`` takes the folder at the path where the one before is gone.
@@ -203,8 +205,7 @@ class RotatingFiles:
             OSError: the folder is gone, the disk has too little room, or the file can't be created.
             InstrumentationError: the files are closed.
         """
-        if self._closed:
-            raise InstrumentationError(f"the recording in {self.folder} is closed")
+        self._check_open()
         if open_folder:
             self._folder.open_again()
         self._folder.check_there()
@@ -233,6 +234,14 @@ class RotatingFiles:
                 self.retire(before)
         return before
 
+    def _put(self, lane: Lane, before: Lane | None) -> None:
+        """Make ``lane`` the current file, unless ``before`` has been stopped, or all closed, while it was begun."""
+        with self.changed:
+            if self._lane is before and not self._closed:
+                self.replace(lane)
+            else:
+                self.retire(lane)
+
     def retire(self, lane: Lane) -> None:
         """End a file that is not current, once its calls in flight have left."""
         with self.changed:
@@ -255,9 +264,11 @@ class RotatingFiles:
         Raises:
             TimeoutError: the last file was not ended within ``timeout_s`` seconds.
         """
-        if self._closed:
-            return
-        self.stop()
+        with self.changed:
+            if self._closed:
+                return
+            self._closed = True
+            self.stop()
         try:
             self.wait_ended(timeout_s)
         except TimeoutError:
@@ -266,7 +277,6 @@ class RotatingFiles:
                 f"readable with recover=True"
             ) from None
         finally:
-            self._closed = True
             self._wake.set()
             if self._thread.is_alive():
                 self._thread.join(0 if self._ending else timeout_s)
@@ -326,6 +336,10 @@ class RotatingFiles:
         if limits.rotate_bytes is not None and report.stored_bytes >= limits.rotate_bytes:
             return True
         return limits.rotate_s is not None and time.monotonic() - lane.began_s >= limits.rotate_s
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InstrumentationError(f"the recording in {self.folder} is closed")
 
     def _check_room(self) -> None:
         free, least = self._folder.free_bytes(), self._limits.min_free_bytes

@@ -71,6 +71,7 @@ class StreamReader:
         self._blocks: LastUsed[Block] = LastUsed(_CACHED_BLOCKS)
         self._pages: LastUsed[U8] = LastUsed(_CACHED_PAGES)
         self._pool = BufferPool()
+        self._closed = False
         self._set_sites()
         self.metadata: dict[str, Any] = {
             **self.segments[0].prolog.metadata,
@@ -120,14 +121,23 @@ class StreamReader:
         self.close()
 
     def close(self) -> None:
-        """Unmap the files, or let go of them where arrays from ``read`` still look into them."""
+        """Unmap the files, or let go of them where arrays from ``read`` still look into them.
+
+        Whatever is asked for afterwards and has not been read yet is a ValueError.
+        """
+        self._closed = True
         self._ahead.close()
         for file in self._files:
             file.close()
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError(f"{self.path} is closed: what was not read before can't be read any more")
+
     # -- where records are ---------------------------------------------------------------------------------
 
     def _block(self, segment: int, number: int) -> Block:
+        self._check_open()
         block = self._blocks.lookup((segment, number))
         if block is None:
             placed = self._placed[segment]
@@ -331,6 +341,7 @@ class StreamReader:
         A few pages are in memory at a time, decoded ahead in threads, and the arrays are views on them: copy what is
         to be kept. Records that lie in several blocks come when their last part does.
         """
+        self._check_open()
         return Scan(
             self._placed,
             self._global_ids,
@@ -343,4 +354,5 @@ class StreamReader:
 
     def verify(self) -> list[Damage]:
         """Verify every checksum of the files, and each index against its blocks; empty if all is well."""
+        self._check_open()
         return [lost for file in self._files for lost in file.verify()]
