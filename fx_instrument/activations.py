@@ -191,7 +191,13 @@ class ActivationStream:
         return ValueError(f"{what!r} at step {step} is there of the ranks {ranks}; say which: rank=...")
 
     def steps(self, sites: Iterable[str]) -> list[int]:
-        """The steps in which any of ``sites`` has a record, ascending."""
+        """The steps in which any of ``sites`` has a record, ascending.
+
+        Raises:
+            TypeError: a single name was given.
+        """
+        if isinstance(sites, str):
+            raise TypeError(f"steps takes names of sites, got one: steps([{sites!r}])")
         return self._reader.steps(self._ids[site] for site in sites if site in self._ids)
 
     def input_steps(self) -> list[int]:

@@ -119,8 +119,11 @@ class Harvest:
         """The forward calls inside are of these inputs, a batch row each; noted once the block ends without error.
 
         Raises:
+            TypeError: a single id was given.
             InstrumentationError: nothing was captured inside the block.
         """
+        if isinstance(ids, str):
+            raise TypeError(f"batch takes the ids of its inputs, got one: batch([{ids!r}])")
         # Steps are told apart by their number, so batches of several threads take turns.
         with self._turn:
             first = self._capture.report.steps

@@ -24,6 +24,7 @@ class RecordSource(Protocol):
     _reader: StreamReader
 
     def near_sites(self, site: str) -> str: ...
+    def __contains__(self, site: object) -> bool: ...
     def _positions(self, part: int, numel: int, count: int) -> npt.NDArray[np.int64]: ...
 
 
@@ -150,7 +151,16 @@ class SiteRecords(Sequence[Record]):
     def __getitem__(self, index: int | slice) -> Record | SiteRecords:
         if isinstance(index, slice):
             return SiteRecords(self._stream, self.site, self._refs[index])
-        return Record(self._stream, self.site, self._refs[index])
+        try:
+            ref = self._refs[index]
+        except IndexError:
+            raise IndexError(f"record {index} of {self._what_there_is()}") from None
+        return Record(self._stream, self.site, ref)
+
+    def _what_there_is(self) -> str:
+        if self._refs or self.site in self._stream:
+            return f"{self.site!r}: there are {len(self._refs)} here"
+        return f"{self.site!r}, which is no site of {self._stream.path}; {self._stream.near_sites(self.site)}"
 
     def of_rank(self, rank: int) -> list[Record]:
         """The records that one process captured, by step and call."""
@@ -170,7 +180,7 @@ class SiteRecords(Sequence[Record]):
                 continuation) and none is given, or their other dimensions or dtypes differ.
         """
         if not self._refs:
-            raise ValueError(f"no records of {self.site!r} to join; {self._stream.near_sites(self.site)}")
+            raise ValueError(f"nothing to join of {self._what_there_is()}")
         records = list(self) if rank is None else self.of_rank(rank)
         ranks = sorted({record.rank for record in records})
         if len(ranks) != 1:

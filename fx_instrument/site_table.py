@@ -70,7 +70,7 @@ def info_table(found: Mapping[str, Any], sites: Sequence[Mapping[str, str]], inp
         "sites": f"{len(sites)} ({roles})",
         "steps": found["steps"],
         "records": found["records"],
-        "values": f"{_bytes(found['raw_bytes'])}, {found['ratio']:.2f}x smaller in the file ({found['codec']})",
+        "values": f"{_bytes(found['raw_bytes'])}, {_ratio(found['ratio'])} in the file ({found['codec']})",
         "duration": None
         if found["duration_s"] is None
         else f"{found['duration_s']:.2f} s, {(found['achieved_gbps'] or 0) * 1000:.4g} MB/s captured, "
@@ -101,6 +101,11 @@ def _damage(damage: Sequence[dict[str, Any]]) -> str | None:
         return None
     lost = sum(gap["num_bytes"] for gap in damage)
     return f"{len(damage)} gaps, {_bytes(lost)}: " + "; ".join(gap["reason"] for gap in damage[:3])
+
+
+def _ratio(ratio: float) -> str:
+    """Of a file with few values most is what it says of itself."""
+    return f"{1 / ratio:.2f}x larger" if 0 < ratio < 1 else f"{ratio:.2f}x smaller"
 
 
 def _bytes(count: int) -> str:

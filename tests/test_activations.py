@@ -102,6 +102,21 @@ def test_an_unknown_site_is_an_empty_sequence(tmp_path, steps):
         assert MLP in stream
         with pytest.raises(ValueError, match=r"near it are .*'model\.layers\.0\.mlp'"):
             stream["model.layers.0.mlpp"].cat()
+        with pytest.raises(IndexError, match=r"no site of .*near it are .*'model\.layers\.0\.mlp'"):
+            stream["model.layers.0.mlpp"][0]
+
+
+def test_what_a_site_does_not_have(tmp_path, steps):
+    """Errors say what there is, and of a part of the records nothing of other sites."""
+    with open_stream(write_stream(tmp_path / "a.stream", steps)) as stream:
+        with pytest.raises(IndexError, match=rf"record 3 of '{MLP}': there are 3 here"):
+            stream[MLP][3]
+        with pytest.raises(ValueError, match=rf"nothing to join of '{MLP}': there are 0 here"):
+            stream[MLP][3:].cat()
+        with pytest.raises(TypeError, match="got one"):
+            stream.steps(MLP)
+    with pytest.raises(ValueError, match="an empty one"):
+        open_stream("")
 
 
 def test_cat_joins_along_the_tokens(tmp_path, steps):

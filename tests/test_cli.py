@@ -82,6 +82,11 @@ def test_head_shows_the_first_records_in_order_of_steps(capsys, stream_file):
     assert call(capsys, "head", stream_file)[0] == 0
 
 
+def test_info_of_a_file_that_is_mostly_what_it_says_of_itself(capsys, tmp_path):
+    out = call(capsys, "info", write_stream(tmp_path / "a.stream", [{MLP: torch.ones(1)}]))[1]
+    assert "x larger" in out and "smaller" not in out
+
+
 def test_head_writes_what_json_lacks_as_text(capsys, tmp_path):
     path = write_stream(tmp_path / "a.stream", [{MLP: torch.tensor([math.nan, math.inf, 1.0])}])
     assert call_json(capsys, "head", path)[1][0]["values"] == ["nan", "inf", 1.0]

@@ -74,6 +74,8 @@ def test_an_error_inside_a_batch(tmp_path: Path) -> None:
             model(tokens(1, 3))
             raise RuntimeError("mine")
     assert finished_ids(tmp_path / "h") == {"a"}
+        with pytest.raises(TypeError, match="got one"), harvest.batch("ab"):
+            pass
     with pytest.raises(ValueError, match="name"):
         Harvest(framework, tmp_path / "h", name="../x")
 

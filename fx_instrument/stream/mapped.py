@@ -149,12 +149,14 @@ def stream_files(source: AnyPath | Sequence[AnyPath]) -> list[str]:
     Raises:
         FileNotFoundError: no such file or folder.
         NotAStreamError: a folder without a stream.
-        ValueError: an empty sequence, or a file that is named twice.
+        ValueError: an empty sequence or name, or a file that is named twice.
     """
     if isinstance(source, (str, os.PathLike)):
         source = [source]
     files: list[str] = []
     for entry in source:
+        if not os.fspath(entry):
+            raise ValueError("expected the name of a stream file or folder, got an empty one")
         files += _files_of_folder(Path(entry)) if Path(entry).is_dir() else [os.fspath(entry)]
     if not files:
         raise ValueError("expected at least one stream file, got an empty sequence")
