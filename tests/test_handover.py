@@ -5,16 +5,24 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fx_instrument import open_stream
 from fx_instrument.capture.handover import Delivery, Handover
 from fx_instrument.capture.layout import host_bytes
 from fx_instrument.capture.packing import Packer, Records, join
+from fx_instrument.capture.session import Session
+from fx_instrument.graph.sites import Site
+from fx_instrument.stream.records import RecordMeta
+from fx_instrument.stream.writer import StreamWriter
 
 
 def delivery(step: int, num_bytes: int = 10) -> Delivery:
@@ -139,3 +147,56 @@ def test_sampled_values_keep_their_full_shapes() -> None:
     for full in ((10, 3), (30,)):
         plan = packer.plan(Records([0, 1], [0, 0], *kinds(values), [full, full]))
         assert plan is not None and plan.layout[1] == [(0, 0, ((3,), full)), (1, 0, ((3,), full))]
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["whole", "sampled"])
+@pytest.mark.parametrize("ids", [(0, 1, 2, 3, 4), (4, 2, 2, 0, 1)], ids=["by site", "out of order"])
+def test_large_values_go_where_they_lie_a_page_at_a_time(
+    ids: tuple[int, ...], sampled: bool, tmp_path: Path
+) -> None:
+    """In the order of their sites, contiguous or not."""
+    sites = [Site(f"s{number}", "mlp") for number in range(5)]
+    writer = StreamWriter(tmp_path / "o.stream", metadata={}, codec="zstd", num_workers=1, page_bytes=1 << 20)
+    opened = Session(
+        writer,
+        RecordMeta,
+        sites,
+        max_memory_bytes=100_000_000,
+        drop=False,
+        sampling=None,
+        target_gbps=1.0,
+        progress=False,
+    )
+    puts: list[int] = []
+    put_packed = writer.put_packed
+
+    def counted(layout: Any, step: int, data: Any, *more: Any) -> None:
+        assert not isinstance(data, np.ndarray)
+        puts.append(len(data))
+        put_packed(layout, step, data, *more)
+
+    chosen = [sites[number] for number in ids]
+    steps = []
+    with mock.patch.object(writer, "put_packed", counted):
+        for step, rows in enumerate((100, 100, 100, 300, 600)):
+            values = [torch.randn(rows, 1000).bfloat16() * (step + 1) for _ in ids]
+            values[1] = values[1].t().contiguous().t()
+            steps.append([value.clone() for value in values])
+            full = [(rows, 7, 1000)] * 5 if sampled else None
+            opened.begin_step({})
+            ticket = opened.reserve(chosen, sum(value.nbytes for value in values))
+            opened.deliver(ticket, chosen, values, full)
+            opened.end_step()
+            del values
+        opened.close()
+    assert puts == [5, 5, 5, 1, 1, 1, 1, 1]
+    assert opened.report.records == 25 and opened._budget.held_bytes == 0
+    with open_stream(tmp_path / "o.stream") as stream:
+        assert stream.verify() == [] and len(stream) == 25
+        for step, expected in enumerate(steps):
+            calls: dict[int, int] = {}
+            for number, value in zip(ids, expected, strict=True):
+                call = calls[number] = calls.get(number, -1) + 1
+                record = stream.record(f"s{number}", step, call)
+                assert torch.equal(record.tensor(), value)
+                assert tuple(record.full_shape) == ((len(value), 7, 1000) if sampled else tuple(value.shape))

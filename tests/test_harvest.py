@@ -68,14 +68,14 @@ def test_an_error_inside_a_batch(tmp_path: Path) -> None:
     """A batch that failed is not noted, the others of its file are."""
     model, framework = instrumented()
     with pytest.raises(RuntimeError, match="mine"), Harvest(framework, tmp_path / "h") as harvest:
+        with pytest.raises(TypeError, match="got one"), harvest.batch("ab"):
+            pass
         with harvest.batch(["a"]):
             model(tokens(1, 3))
         with harvest.batch(["b"]):
             model(tokens(1, 3))
             raise RuntimeError("mine")
     assert finished_ids(tmp_path / "h") == {"a"}
-        with pytest.raises(TypeError, match="got one"), harvest.batch("ab"):
-            pass
     with pytest.raises(ValueError, match="name"):
         Harvest(framework, tmp_path / "h", name="../x")
 

@@ -1,8 +1,9 @@
-"""Records packed one after another read back as records that were put one by one."""
+"""Records that are put together, packed or each where it lies, read back as records that were put one by one."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from fx_instrument.stream.writer import StreamWriter
 U8 = np.uint8
 Kind = tuple[int, int, tuple[int, ...]]
 """Site, call, shape."""
+Way = Literal["packed", "apart", "single"]
+"""How the records of a step are put: in one piece of memory, together but each in its own, one by one."""
 
 KINDS = st.lists(
     st.tuples(st.integers(0, 4), st.integers(0, 1), st.sampled_from([(3, 8), (1, 8), (24,), (0, 2), ()])),
@@ -30,19 +33,20 @@ def values(kind: Kind, step: int) -> bytes:
     return floats(int(np.prod(kind[2])), 31 * step + 7 * kind[0] + kind[1])
 
 
-def write(path: Path, runs: list[tuple[list[Kind], bool]], codec: str, **options: object) -> DoneCounts:
-    """A step for each run, packed or not; of each kind of run one layout."""
+def write(path: Path, runs: list[tuple[list[Kind], Way]], codec: str, **options: object) -> DoneCounts:
+    """A step for each run; of each kind of run one layout."""
     writer = StreamWriter(path, metadata={}, codec=codec, num_workers=1, **options)  # type: ignore[arg-type]
     for site in range(5):
         writer.add_site(f"s{site}", "mlp")
     layouts: dict[tuple[Kind, ...], object] = {}
     done = DoneCounts()
-    for step, (kinds, packed) in enumerate(runs):
+    for step, (kinds, way) in enumerate(runs):
         kinds = sorted(kinds)
-        if packed:
+        if way != "single":
             made = writer.layout("bfloat16", [(site, call, (shape, None)) for site, call, shape in kinds])
             layout = layouts.setdefault(tuple(kinds), made)
-            data = np.frombuffer(b"".join(values(kind, step) for kind in kinds), U8)
+            pieces = [np.frombuffer(values(kind, step), U8) for kind in kinds]
+            data = pieces if way == "apart" else np.concatenate(pieces)
             writer.put_packed(layout, step, data, done.of(step))  # type: ignore[arg-type]
         else:
             for number, (site, call, shape) in enumerate(kinds):
@@ -59,15 +63,15 @@ LARGE = [(site, 0, (5, 4000)) for site in range(4)]
 
 @pytest.mark.parametrize("page_bytes", [1 << 20, 200_000], ids=["six packs a page", "one"])
 @pytest.mark.parametrize("max_relative_error", [None, 0.01])
+@pytest.mark.parametrize("way", ["packed", "apart"])
 @pytest.mark.parametrize("codec", CODECS)
 def test_large_packs_are_records(
-    tmp_path: Path, codec: str, page_bytes: int, max_relative_error: float | None
+    tmp_path: Path, codec: str, way: Way, page_bytes: int, max_relative_error: float | None
 ) -> None:
     """Laid out by site without a copy of the page, and a page of one pack as it is."""
     options = {"page_bytes": page_bytes, "max_relative_error": max_relative_error}
-    runs = [(LARGE, True)] * 7
-    done = write(tmp_path / "packed", runs, codec, **options)
-    write(tmp_path / "single", [(kinds, False) for kinds, _ in runs], codec, **options)
+    done = write(tmp_path / "packed", [(LARGE, way)] * 7, codec, **options)
+    write(tmp_path / "single", [(LARGE, "single")] * 7, codec, **options)
     assert set(done.counts.values()) == {1}
     with StreamReader(tmp_path / "packed") as packed, StreamReader(tmp_path / "single") as single:
         found = contents(packed)
@@ -86,11 +90,14 @@ def test_packs_are_records(
 ) -> None:
     """Any mix of packs of several layouts and of single records: the same content, each record told off once."""
     runs = data.draw(
-        st.lists(st.tuples(st.sampled_from(layouts), st.booleans()), min_size=1, max_size=12), label="runs"
+        st.lists(
+            st.tuples(st.sampled_from(layouts), st.sampled_from(get_args(Way))), min_size=1, max_size=12
+        ),
+        label="runs",
     )
     folder = tmp_path_factory.mktemp("packs")
     done = write(folder / "packed", runs, codec)
-    write(folder / "single", [(kinds, False) for kinds, _ in runs], codec)
+    write(folder / "single", [(kinds, "single") for kinds, _ in runs], codec)
     assert set(done.counts.values()) == {1}
     with StreamReader(folder / "packed") as packed, StreamReader(folder / "single") as single:
         expected = {
@@ -108,8 +115,8 @@ def test_packs_are_records(
 def test_pages_of_packs_are_those_of_records(tmp_path: Path, codec: str) -> None:
     """Laid out by site in one go or record by record: the same pages, and blocks of the same size."""
     kinds = [(site, 0, (4, 64)) for site in range(5)]
-    write(tmp_path / "packed", [(kinds, True)] * 40, codec, page_bytes=16384)
-    write(tmp_path / "single", [(kinds, False)] * 40, codec, page_bytes=15360 // 2560 * 2560)
+    write(tmp_path / "packed", [(kinds, "packed")] * 40, codec, page_bytes=16384)
+    write(tmp_path / "single", [(kinds, "single")] * 40, codec, page_bytes=15360 // 2560 * 2560)
     with StreamReader(tmp_path / "packed") as packed, StreamReader(tmp_path / "single") as single:
         assert [ref for ref, _ in packed.scan()] == [ref for ref, _ in single.scan()]
         assert list(packed.refs(2)) == list(single.refs(2)) and len(packed.refs(2)) == 40
@@ -119,10 +126,13 @@ def test_pages_of_packs_are_those_of_records(tmp_path: Path, codec: str) -> None
 def test_packs_of_bounded_error_keep_it(tmp_path: Path) -> None:
     """With max_relative_error each packed record is rounded by its own rows."""
     kinds = [(0, 0, (4, 64)), (1, 0, (2, 128))]
-    for name, packed in (("packed", True), ("single", False)):
-        write(tmp_path / name, [(kinds, packed)] * 6, "zstd", max_relative_error=1e-2)
-    with StreamReader(tmp_path / "packed") as packed_file, StreamReader(tmp_path / "single") as single_file:
-        assert contents(packed_file) == contents(single_file)
+    ways: tuple[Way, ...] = get_args(Way)
+    found = []
+    for way in ways:
+        write(tmp_path / way, [(kinds, way)] * 6, "zstd", max_relative_error=1e-2)
+        with StreamReader(tmp_path / way) as reader:
+            found.append(contents(reader))
+    assert found[0] == found[1] == found[2]
 
 
 def test_a_pack_that_contradicts_itself_is_refused() -> None:
@@ -137,6 +147,8 @@ def test_a_pack_that_contradicts_itself_is_refused() -> None:
     layout = writer.layout("bfloat16", [(0, 0, ((2,), None)), (1, 0, ((3,), None))])
     with pytest.raises(ValueError, match="has 10 bytes, got 8"):
         writer.put_packed(layout, 0, np.zeros(8, U8))
+    with pytest.raises(ValueError, match="has 10 bytes, got 10"):
+        writer.put_packed(layout, 0, [np.zeros(6, U8), np.zeros(4, U8)])
     with pytest.raises(ValueError, match="was not added"):
         writer.put_packed(writer.layout("bfloat16", [(2, 0, ((2,), None))]), 0, np.zeros(4, U8))
     with pytest.raises(ValueError, match="a page takes 4096 bytes"):

@@ -15,7 +15,7 @@ import torch
 from .budget import HostBudget
 from .handover import Delivery, Handover
 from .layout import Kinds, host_bytes
-from .packing import Packer, Part, Plan, Records, join
+from .packing import Group, Packer, Part, Plan, Records, join
 from .pinned import Arrival, Room
 
 # What a queued record holds beside its bytes: a tensor, its storage, a numpy view and the row (measured: ~1 KiB).
@@ -43,7 +43,11 @@ class Writer(Protocol):
     def put(self, meta: Any, data: npt.NDArray[np.uint8], done: Callable[[], None] | None = None) -> None: ...
     def layout(self, dtype: str, records: Any) -> Any: ...
     def put_packed(
-        self, layout: Any, step: int, data: npt.NDArray[np.uint8], done: Callable[[], None] | None = None
+        self,
+        layout: Any,
+        step: int,
+        data: npt.NDArray[np.uint8] | Sequence[npt.NDArray[np.uint8]],
+        done: Callable[[], None] | None = None,
     ) -> None: ...
     def seal(self, *, older_than_s: float = 0.0) -> None: ...
     def finish(self) -> None: ...
@@ -176,7 +180,8 @@ class Drain:
         """Bring the records of a delivery that was on the host all along to the writer."""
         counted, calls, full_shapes = delivery.num_bytes, delivery.calls, delivery.full_shapes
         kinds = delivery.kinds if delivery.kinds is not None else Kinds.of(values)
-        plan = self._packer.plan(Records(site_ids, calls, kinds.dtypes, kinds.shapes, full_shapes))
+        records = Records(site_ids, calls, kinds.dtypes, kinds.shapes, full_shapes)
+        plan = self._packer.plan(records)
         if plan is not None:
             self._pack(_Waiting(delivery, plan, values, counted))
             return
@@ -184,6 +189,10 @@ class Drain:
         self._store_group()
         self.records += len(values)
         self.raw_bytes += sum(value.nbytes for value in values)
+        groups = self._packer.groups(records)
+        if groups:
+            self._put_groups(delivery, groups, values)
+            return
         values.reverse()
         for index in range(len(values)):
             # Not held here any longer: a value that is not contiguous is copied, and goes then.
@@ -197,6 +206,20 @@ class Drain:
             self._put_record(
                 delivery.step, site_ids[index], calls[index], dtype, shape, full_shape, data, release
             )
+        if counted:
+            self._budget.release(counted)
+
+    def _put_groups(self, delivery: Delivery, groups: Sequence[Group], values: list[torch.Tensor]) -> None:
+        """Bring large values to the writer where they lie, as many at once as a page holds."""
+        counted = delivery.num_bytes
+        waiting = dict(enumerate(values))
+        values.clear()
+        for group in groups:
+            # Not held here any longer: a value that is not contiguous is copied, and goes then.
+            pieces = [host_bytes(waiting.pop(index)) for index in group.order]
+            share = group.num_bytes + len(pieces) * RECORD_OVERHEAD_BYTES
+            counted -= share
+            self._writer.put_packed(group.layout, delivery.step, pieces, _Release(self._budget, share))
         if counted:
             self._budget.release(counted)
 

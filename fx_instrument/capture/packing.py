@@ -6,7 +6,7 @@ Small ones that lie apart are copied together, on the drain thread; what came fr
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -50,6 +50,16 @@ class Part(NamedTuple):
     end: int
     """Their bytes, of all that lie there."""
     num_values: int
+
+
+class Group(NamedTuple):
+    """Some of the values that lie apart, of one graph run."""
+
+    layout: Any
+    """The writer's."""
+    order: Sequence[int]
+    """Which of the run's values they are."""
+    num_bytes: int
 
 
 class Records(NamedTuple):
@@ -105,6 +115,7 @@ class Packer:
         self._page_bytes = page_bytes
         self._plans = _Remembered(self._plan)
         self._parts = _Remembered(self._divide)
+        self._groups = _Remembered(self._group)
 
     def plan(self, records: Records) -> Plan | None:
         """How values that lie apart are packed; None where they are better taken one by one."""
@@ -114,6 +125,11 @@ class Packer:
         """How values that lie side by side go to the writer as they lie, as much at once as a page holds; none where
         they are better taken one by one."""
         return self._parts.of(records)
+
+    def groups(self, records: Records) -> Sequence[Group]:
+        """How values that lie apart, and are not packed, go to the writer where they lie, as many at once as a page
+        holds; none where they are better taken one by one."""
+        return self._groups.of(records)
 
     def _plan(self, records: Records) -> Plan | None:
         num_values, dtype = len(records.shapes), _float_of_all(records)
@@ -129,24 +145,37 @@ class Packer:
         )
 
     def _divide(self, records: Records) -> Sequence[Part]:
+        parts = []
+        for first, after, begin, end in self._pages_of(records):
+            layout, order = self._layout(records.some(slice(first, after)))
+            if order is not None:
+                return []
+            parts.append(Part(layout, begin, end, after - first))
+        return parts
+
+    def _group(self, records: Records) -> Sequence[Group]:
+        groups = []
+        for first, after, begin, end in self._pages_of(records):
+            layout, order = self._layout(records.some(slice(first, after)))
+            indices = range(after - first) if order is None else order
+            groups.append(Group(layout, [first + index for index in indices], end - begin))
+        return groups
+
+    def _pages_of(self, records: Records) -> Iterator[tuple[int, int, int, int]]:
+        """``(first value, one behind the last, first byte, one behind the last)`` of each page's worth of values in
+        their order; nothing where a page can't take them so."""
         dtype = _float_of_all(records)
         if len(records.shapes) < 2 or dtype is None:
-            return []
+            return
         sizes = [shape.numel() * dtype.itemsize for shape in records.shapes]
         if not 0 < min(sizes) <= max(sizes) <= self._page_bytes:
-            return []
-        parts: list[Part] = []
+            return
         first = begin = end = 0
         for index, size in enumerate([*sizes, self._page_bytes + 1]):
             if end + size - begin > self._page_bytes or index - first == _MAX_RECORDS:
-                mine = slice(first, index)
-                layout, order = self._layout(records.some(mine))
-                if order is not None:
-                    return []
-                parts.append(Part(layout, begin, end, index - first))
+                yield first, index, begin, end
                 first, begin = index, end
             end += size
-        return parts
 
     def _layout(self, records: Records) -> tuple[Any, list[int] | None]:
         site_ids, calls, dtypes, shapes, full_shapes = records

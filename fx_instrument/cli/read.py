@@ -63,7 +63,12 @@ def stats(files: Sequence[Path], as_json: bool, recover: bool, globs: Sequence[s
 @click.command(short_help="Print the first records.")
 @files_argument
 @click.option(
-    "-n", "--records", default=10, show_default=True, type=click.IntRange(1, 1 << 32), help="How many records."
+    "-n",
+    "--records",
+    default=10,
+    show_default=True,
+    type=click.IntRange(1, 1 << 32),
+    help="How many records.",
 )
 @click.option(
     "--values", default=6, show_default=True, type=click.IntRange(0), help="How many values of each."

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from .blocks import MAX_ROWS
 from .frames import ALIGNMENT
@@ -45,10 +47,16 @@ class OpenPages:
         if page.num_rows >= MAX_ROWS:
             self._seal(page)
 
-    def put_packed(self, layout: PackLayout, step: int, data: U8, done: Done | None) -> None:
-        """Add packed records; ValueError if ``data`` has not the layout's bytes or fits into no page."""
-        size, num_rows = len(data), len(layout.rows)
-        if size != layout.num_bytes or size > self._page_bytes or num_rows > MAX_ROWS:
+    def put_packed(self, layout: PackLayout, step: int, data: U8 | Sequence[U8], done: Done | None) -> None:
+        """Add records that come together; ValueError if ``data`` has not the layout's bytes or fits into no page."""
+        num_rows = len(layout.rows)
+        if isinstance(data, np.ndarray):
+            size = len(data)
+            fits = size == layout.num_bytes
+        else:
+            sizes = [len(piece) for piece in data]
+            size, fits = sum(sizes), sizes == layout.sizes.tolist()
+        if not fits or size > self._page_bytes or num_rows > MAX_ROWS:
             raise ValueError(
                 f"a pack of {num_rows} records has {layout.num_bytes} bytes, got {size}; a page takes "
                 f"{self._page_bytes} bytes and {MAX_ROWS} records"

@@ -42,11 +42,11 @@ class Countdown:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackLayout:
-    """How small records lie packed in one piece of memory, one after another; made once for many steps."""
+    """How the records of a graph run follow each other in a page; made once for many steps."""
 
     dtype: str
     rows: npt.NDArray[np.void]
-    """``ROW_DTYPE``, by site, of step 0; offsets within the pack."""
+    """``ROW_DTYPE``, by site, of step 0; offsets within what they have together."""
     sizes: npt.NDArray[np.int64]
     shapes: tuple[Shape, ...]
     num_bytes: int
@@ -78,12 +78,20 @@ class PackLayout:
 
 
 class Pack(NamedTuple):
-    """The packed records of one graph run."""
+    """Records of one graph run that came together."""
 
     layout: PackLayout
     step: int
-    data: U8
+    data: U8 | Sequence[U8]
+    """In one piece of memory, or each record in one of its own."""
     done: Callable[[], None] | None
+
+    def pieces(self) -> Sequence[U8]:
+        """The bytes of each record."""
+        if not isinstance(self.data, np.ndarray):
+            return self.data
+        starts, sizes = self.layout.rows["offset"].tolist(), self.layout.sizes.tolist()
+        return [self.data[start : start + size] for start, size in zip(starts, sizes, strict=True)]
 
 
 @dataclass(slots=True)
@@ -176,12 +184,8 @@ class Page:
 
 
 def _rows_of(pack: Pack) -> list[Row]:
-    layout = pack.layout
-    starts, sizes = layout.rows["offset"].tolist(), layout.sizes.tolist()
-    return [
-        (meta, pack.data[start : start + size], None, 0)
-        for meta, start, size in zip(layout.metas(pack.step), starts, sizes, strict=True)
-    ]
+    metas = pack.layout.metas(pack.step)
+    return [(meta, piece, None, 0) for meta, piece in zip(metas, pack.pieces(), strict=True)]
 
 
 def _arrange_rows(records: Sequence[Row]) -> Arranged:
@@ -206,15 +210,16 @@ def _arrange_packs(packs: Sequence[Pack], scratch: Callable[[], U8] | None) -> A
     if scratch is not None and len(packs) == 1:
         rows = layout.rows.copy()
         rows["step"] = packs[0].step
-        return Arranged([packs[0].data], rows, layout.sizes, layout.shapes)
-    if (
-        scratch is not None
-        and 0 < layout.even_bytes <= _STACKED_BYTES
-        and all(pack.layout is layout for pack in packs)
-    ):
-        return _stack(packs, scratch())
+        data = packs[0].data
+        buffers = [data] if isinstance(data, np.ndarray) else list(data)
+        return Arranged(buffers, rows, layout.sizes, layout.shapes)
+    if scratch is not None and 0 < layout.even_bytes <= _STACKED_BYTES:
+        whole = [pack.data for pack in packs if pack.layout is layout and isinstance(pack.data, np.ndarray)]
+        if len(whole) == len(packs):
+            return _stack(layout, [pack.step for pack in packs], whole, scratch())
     shapes: dict[Shape, int] = {}
-    parts, buffers = [], []
+    parts = []
+    pieces: list[U8] = []
     for pack in packs:
         layout = pack.layout
         part = layout.rows.copy()
@@ -222,28 +227,24 @@ def _arrange_packs(packs: Sequence[Pack], scratch: Callable[[], U8] | None) -> A
         ids = np.array([shapes.setdefault(shape, len(shapes)) for shape in layout.shapes], np.uint32)
         part["shape"] = ids[part["shape"]]
         parts.append(part)
-        data = pack.data
-        buffers += [
-            data[start : start + size]
-            for start, size in zip(layout.rows["offset"].tolist(), layout.sizes.tolist(), strict=True)
-        ]
+        pieces += pack.pieces()
     rows = np.concatenate(parts)
     order = np.argsort(rows["site"], kind="stable")
     rows = rows[order]
     sizes = np.concatenate([pack.layout.sizes for pack in packs])[order]
     _set_offsets(rows, sizes)
-    return Arranged([buffers[index] for index in order.tolist()], rows, sizes, list(shapes))
+    return Arranged([pieces[index] for index in order.tolist()], rows, sizes, list(shapes))
 
 
-def _stack(packs: Sequence[Pack], scratch: U8) -> Arranged:
+def _stack(layout: PackLayout, steps: Sequence[int], packs: Sequence[U8], scratch: U8) -> Arranged:
     """Packs of one layout, with records of one size and one for each site: a copy a pack."""
-    layout, count = packs[0].layout, len(packs)
+    count = len(packs)
     page = scratch[: count * layout.num_bytes]
     places = page.reshape(len(layout.rows), count, layout.even_bytes)
-    for number, pack in enumerate(packs):
-        np.copyto(places[:, number], pack.data.reshape(len(layout.rows), layout.even_bytes))
+    for number, data in enumerate(packs):
+        np.copyto(places[:, number], data.reshape(len(layout.rows), layout.even_bytes))
     rows, sizes = np.repeat(layout.rows, count), np.repeat(layout.sizes, count)
-    rows["step"] = np.tile(np.array([pack.step for pack in packs], np.uint64), len(layout.rows))
+    rows["step"] = np.tile(np.array(steps, np.uint64), len(layout.rows))
     _set_offsets(rows, sizes)
     return Arranged([page], rows, sizes, layout.shapes)
 

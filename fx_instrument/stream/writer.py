@@ -138,16 +138,22 @@ class StreamWriter:
         self._open.put(meta, data, done)
 
     def layout(self, dtype: str, records: Iterable[tuple[int, int, Shape]]) -> PackLayout:
-        """How records of ``(site id, call, (shape, full shape))``, by site, lie in one piece of memory."""
+        """How records of ``(site id, call, (shape, full shape))``, by site, follow each other."""
         return PackLayout.of(dtype, records)
 
     def put_packed(
-        self, layout: PackLayout, step: int, data: U8, done: Callable[[], None] | None = None
+        self,
+        layout: PackLayout,
+        step: int,
+        data: U8 | Sequence[U8],
+        done: Callable[[], None] | None = None,
     ) -> None:
-        """Take over the records of a step that lie in ``data`` as the layout says: ``put`` of all of them at once.
+        """Take over the records of a step: ``put`` of all of them at once, in the order of the layout.
+
+        ``data`` has them one after the other in one piece of memory, or each in an array of its own.
 
         Raises:
-            ValueError: as ``put``; the pack has more bytes than ``page_bytes`` or more records than a page takes.
+            ValueError: as ``put``; they have more bytes than ``page_bytes`` or are more than a page takes.
         """
         if not layout.rows["site"][-1] < len(self._sites):
             raise ValueError(f"site {layout.rows['site'][-1]} was not added; there are {len(self._sites)}")
