@@ -62,6 +62,10 @@ def test_a_rejected_draft_is_no_token(seed: int, tmp_path: Path) -> None:
     answer = generate(tmp_path / "r", prompt, ["s"], max_new_tokens=14, prompt_lookup_num_tokens=4)
     with open_stream(tmp_path / "r") as stream:
         found = stream.request("s").token_ids()
+        if stream.inputs(0)["input_ids"].shape[1] > prompt.shape[1]:
+            assert stream.request("s").num_prompt_tokens is None  # drafts came with the prompt
+        else:
+            assert stream.request("s").num_prompt_tokens == prompt.shape[1]
         computed_twice = sum(stream.read(SITE, step).shape[1] for step in range(stream.num_steps)) - len(
             found
         )

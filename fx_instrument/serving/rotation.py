@@ -178,7 +178,7 @@ class RotatingFiles:
                 self.wait_ended(timeout_s)
             with self.control:
                 if self._lane is None:
-                    self._put(self.begin(open_folder=True), None)
+                    self._follow(None, self.begin(open_folder=True))
                     self._check_open()
         except Exception as error:
             self._count(error)
@@ -195,8 +195,7 @@ class RotatingFiles:
             OSError: the next file can't be created; the old one stays.
         """
         with self.control:
-            current = self._lane
-            self._put(self.begin(), current)
+            self._follow(self._lane, self.begin())
 
     def begin(self, *, open_folder: bool = False) -> Lane:
         """A new file, not current yet; ``open_folder`` takes the folder at the path where the one before is gone.
@@ -234,7 +233,7 @@ class RotatingFiles:
                 self.retire(before)
         return before
 
-    def _put(self, lane: Lane, before: Lane | None) -> None:
+    def _follow(self, before: Lane | None, lane: Lane) -> None:
         """Make ``lane`` the current file, unless ``before`` has been stopped, or all closed, while it was begun."""
         with self.changed:
             if self._lane is before and not self._closed:
@@ -264,11 +263,17 @@ class RotatingFiles:
         Raises:
             TimeoutError: the last file was not ended within ``timeout_s`` seconds.
         """
+        if self._closed:
+            return
+        deadline_s = time.monotonic() + timeout_s
+        # Whoever begins a file now may do so undisturbed, within that time.
+        held = self.control.acquire(timeout=timeout_s)
         with self.changed:
-            if self._closed:
-                return
             self._closed = True
             self.stop()
+        if held:
+            self.control.release()
+        timeout_s = max(0.0, deadline_s - time.monotonic())
         try:
             self.wait_ended(timeout_s)
         except TimeoutError:
@@ -323,7 +328,9 @@ class RotatingFiles:
                     if self._is_due(current):
                         self.rotate()
                 except Exception as error:
-                    self._switch_off(current, error)
+                    # Of a file that was stopped meanwhile nothing is due any more; how it ends is told by its end.
+                    if self._lane is current:
+                        self._switch_off(current, error)
         for lane in list(self._ending):
             if lane.in_flight == 0:
                 self._end(lane)

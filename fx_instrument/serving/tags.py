@@ -83,6 +83,9 @@ class Tag:
             self.prompt_tokens = None if is_piece else num_tokens
         elif position == self.num_tokens == self.prompt_tokens and (num_tokens > 1 or is_piece):
             self.prompt_tokens = None
+        elif 0 < position < self.num_tokens == self.prompt_tokens:
+            # Some of what the first call had is computed again: drafts that came with the prompt, and were rejected.
+            self.prompt_tokens = None
 
     def lose_position(self) -> None:
         """Nobody saw what a forward call computed."""
