@@ -1,7 +1,8 @@
-"""Which columns of an attention mask stand for the tokens of one forward call."""
+"""Which tokens of a forward call are padding, by its attention mask or by its positions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,4 +27,25 @@ def step_columns(mask: npt.NDArray[Any], num_tokens: int) -> npt.NDArray[np.bool
         # A boolean mask is one row of a 4-D one: that no sequence sees the step's first token means that a
         # sliding window hides it, not that it is padding.
         return None
+    return columns
+
+
+def padding_before(positions: Sequence[int]) -> int:
+    """How many of a sequence's tokens are padding by their positions: those in front of position 0 that share one.
+
+    So ``generate`` gives them, which passes some models no mask that tells.
+    """
+    if not positions:
+        return 0
+    first = len(positions) - 1 - positions[-1]
+    if not 0 < first < len(positions) or len(set(positions[:first])) > 1:
+        return 0
+    return first if list(positions[first:]) == list(range(len(positions) - first)) else 0
+
+
+def position_columns(positions: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Which of a forward call's tokens are real by their positions, both (batch, tokens)."""
+    columns = np.ones(positions.shape, np.bool_)
+    for row, padding in enumerate(map(padding_before, positions.tolist())):
+        columns[row, :padding] = False
     return columns

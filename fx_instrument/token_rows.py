@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .activations import ActivationStream, Record
-from .mask_columns import step_columns
+from .mask_columns import position_columns, step_columns
 
 # Inputs of this many bytes are kept. Pages hold the steps of a site together, so each site comes back to the same
 # steps; int64 ids and 1-byte masks of 16 MiB are those of a million tokens and more.
@@ -29,19 +29,23 @@ class TokenRows:
         """One bool a row of the module's output, False for padding; None: no padding, or none known.
 
         A 2-D mask is (batch, all tokens so far); with a KV cache the rows of a step are the mask's last columns.
-        In a step with decoder inputs the decoder's modules go by the decoder's mask.
+        Where no mask tells, ``position_ids`` may. In a step with decoder inputs the decoder's modules go by the
+        decoder's mask.
         """
         ids_name, mask_name = self._names_for(record)
-        if mask_name not in self._names or len(record.full_shape) < 2:
+        if len(record.full_shape) < 2:
             return None
         inputs = self._inputs(record)
-        mask, ids = inputs.get(mask_name), inputs.get(ids_name)
-        if mask is None or mask.ndim != 2:
-            return None
-        tokens = _tokens_a_sequence(record, mask.shape[0], ids)
-        if tokens is None or not 0 < tokens <= mask.shape[1]:
-            return None
-        columns = step_columns(mask, tokens)
+        mask, ids, positions = inputs.get(mask_name), inputs.get(ids_name), inputs.get("position_ids")
+        columns = None
+        if mask is not None and mask.ndim == 2:
+            tokens = _tokens_a_sequence(record, mask.shape[0], ids)
+            if tokens is None or not 0 < tokens <= mask.shape[1]:
+                return None
+            columns = step_columns(mask, tokens)
+        if columns is None and ids is not None and ids.ndim == 2 and positions is not None:
+            told = positions.shape == ids.shape and _tokens_a_sequence(record, len(ids), ids) is not None
+            columns = position_columns(positions) if told else None
         return None if columns is None or columns.all() else columns.reshape(-1)
 
     def token_ids(self, record: Record) -> npt.NDArray[np.int64] | None:

@@ -76,6 +76,19 @@ def test_nothing_is_lost_between_threads() -> None:
         assert mine == sorted(mine)
 
 
+def open_session(writer: StreamWriter, sites: list[Site]) -> Session:
+    return Session(
+        writer,
+        RecordMeta,
+        sites,
+        max_memory_bytes=100_000_000,
+        drop=False,
+        sampling=None,
+        target_gbps=1.0,
+        progress=False,
+    )
+
+
 def layout(dtype: str, records: Iterable[tuple[int, int, Any]]) -> tuple[str, list[tuple[int, int, Any]]]:
     return dtype, list(records)
 
@@ -157,16 +170,7 @@ def test_large_values_go_where_they_lie_a_page_at_a_time(
     """In the order of their sites, contiguous or not."""
     sites = [Site(f"s{number}", "mlp") for number in range(5)]
     writer = StreamWriter(tmp_path / "o.stream", metadata={}, codec="zstd", num_workers=1, page_bytes=1 << 20)
-    opened = Session(
-        writer,
-        RecordMeta,
-        sites,
-        max_memory_bytes=100_000_000,
-        drop=False,
-        sampling=None,
-        target_gbps=1.0,
-        progress=False,
-    )
+    opened = open_session(writer, sites)
     puts: list[int] = []
     put_packed = writer.put_packed
 
@@ -200,3 +204,42 @@ def test_large_values_go_where_they_lie_a_page_at_a_time(
                 record = stream.record(f"s{number}", step, call)
                 assert torch.equal(record.tensor(), value)
                 assert tuple(record.full_shape) == ((len(value), 7, 1000) if sampled else tuple(value.shape))
+
+
+@pytest.mark.parametrize("width", [8, 1000], ids=["packed", "large"])
+def test_runs_that_are_not_alike_after_all(width: int, tmp_path: Path) -> None:
+    """A graph without its guards may run with other shapes, in its first value or a later one."""
+    sites = [Site("a", "mlp"), Site("b", "mlp")]
+    writer = StreamWriter(tmp_path / "o.stream", metadata={}, codec="zstd", num_workers=1)
+    opened = open_session(writer, sites)
+    steps = []
+    for rows in ((4, 100), (4, 100), (4, 50), (2, 100)):
+        shapes = ((4, width), (400 // rows[1], rows[1], width), (rows[0], width))
+        values = [torch.randn(shapes[0]), torch.randn(shapes[1] if rows[0] == 4 else shapes[2])]
+        steps.append([value.clone() for value in values])
+        opened.begin_step({})
+        ticket = opened.reserve(sites, sum(value.nbytes for value in values), alike="graph")
+        opened.deliver(ticket, sites, values, None)
+        opened.end_step()
+    opened.close()
+    with open_stream(tmp_path / "o.stream") as stream:
+        for step, expected in enumerate(steps):
+            for name, value in zip("ab", expected, strict=True):
+                assert torch.equal(stream.read(name, step), value)
+
+
+def test_more_small_values_than_a_page_takes(tmp_path: Path) -> None:
+    writer = StreamWriter(tmp_path / "o.stream", metadata={}, codec="lz4", num_workers=1)
+    sites = [Site(f"s{number}", "mlp") for number in range(7)]
+    opened = open_session(writer, sites)
+    chosen = [sites[3 * number % 7] for number in range(20_000)]
+    values = [torch.full((2,), float(number)) for number in range(20_000)]
+    opened.begin_step({})
+    ticket = opened.reserve(chosen, sum(value.nbytes for value in values))
+    opened.deliver(ticket, chosen, values, None)
+    opened.end_step()
+    opened.close()
+    with open_stream(tmp_path / "o.stream") as stream:
+        assert len(stream) == 20_000 and stream.verify() == []
+        found = stream["s3"].cat().view(-1, 2)[:, 0].tolist()
+        assert found == [float(number) for number in range(20_000) if 3 * number % 7 == 3]

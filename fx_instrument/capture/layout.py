@@ -40,11 +40,12 @@ class Kinds:
             all(value.is_cpu for value in values),
         )
 
-    def fit(self, first: torch.Tensor) -> bool:
-        """Whether they are those of values of which this is the first: a graph's guards may have been left out."""
+    def fit(self, values: Sequence[torch.Tensor]) -> bool:
+        """Whether they are those of ``values``: a graph's guards may have been left out."""
+        first = values[0]
         return (
-            first.dtype is self.dtypes[0]
-            and first.shape == self.shapes[0]
+            [value.shape for value in values] == self.shapes
+            and [value.dtype for value in values] == self.dtypes
             and (first.is_cpu if self.device is None else first.device == self.device)
         )
 

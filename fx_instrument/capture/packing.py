@@ -133,7 +133,7 @@ class Packer:
 
     def _plan(self, records: Records) -> Plan | None:
         num_values, dtype = len(records.shapes), _float_of_all(records)
-        if num_values < 2 or dtype is None:
+        if not 2 <= num_values <= _MAX_RECORDS or dtype is None:
             return None
         num_bytes = sum(shape.numel() for shape in records.shapes) * dtype.itemsize
         if not 0 < num_bytes <= min(self.max_bytes, _SMALL_BYTES * num_values):

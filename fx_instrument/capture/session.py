@@ -171,7 +171,7 @@ class Session:
 
     def _kinds_of(self, alike: object, values: Sequence[torch.Tensor]) -> Kinds:
         kinds = self._kinds.get(alike)
-        if kinds is None or not kinds.fit(values[0]):
+        if kinds is None or not kinds.fit(values):
             if len(self._kinds) >= _MAX_KINDS:
                 self._kinds.clear()
             kinds = self._kinds[alike] = Kinds.of(values)

@@ -208,11 +208,14 @@ def integer_inputs(
     """The integer and boolean tensors of at most two dimensions among a call's arguments, by name.
 
     Of a 4-D attention mask (batch, heads or 1, queries, keys), as static caches make it, the last query's row: which
-    keys it sees tells which tokens are padding, at a fraction of the size.
+    keys it sees tells which tokens are padding, at a fraction of the size. Of several masks, one for each kind of
+    layer, that of full attention: in others a window hides tokens, too.
     """
     named = {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
     inputs = {}
     for name, value in named.items():
+        if isinstance(value, dict) and name.endswith("attention_mask"):
+            value = value.get("full_attention")
         if not isinstance(value, torch.Tensor):
             continue
         if value.dim() <= 2:

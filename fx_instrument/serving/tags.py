@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..mask_columns import step_columns
+from ..mask_columns import padding_before, step_columns
 from ..requests import (
     MAX_REQUEST_ROWS,
     NEW_INPUT,
@@ -179,7 +179,11 @@ class Request:
             if not name:
                 found.append((None, 0, length))
                 continue
-            left, right = _padding(real[row]) if real is not None else (0, 0)
+            left, right = 0, 0
+            if real is not None:
+                left, right = _padding(real[row])
+            elif positions is not None:
+                left = padding_before(positions[row].tolist())
             count = length - left - right
             tag = self._tags.get((row, name))
             if tag is None:
