@@ -186,6 +186,25 @@ def test_a_lost_part_loses_its_record_only(tmp_path: Path) -> None:
         assert [(lost.offset, lost.num_bytes) for lost in reader.damage] == [(offset, end - offset)]
 
 
+@pytest.mark.parametrize("gone", [slice(0, 1), slice(2, 3), slice(1, 4), slice(5, 6)])
+@pytest.mark.parametrize("cut", [0, 1], ids=["with its index", "without"])
+def test_blocks_that_are_gone_without_a_trace_are_told(
+    tmp_path: Path, whole: bytes, gone: slice, cut: int
+) -> None:
+    """Their numbers and the index tell; at the end of a file that lost its index nothing does."""
+    blocks = [(start, end) for kind, start, end in frames(whole) if kind == BLOCK]
+    (start, _), (_, end) = blocks[gone][0], blocks[gone][-1]
+    path = tmp_path / "a.stream"
+    path.write_bytes(whole[:start] + whole[end : len(whole) - cut])
+    count = len(blocks[gone])
+    what = "a block is" if count == 1 else f"{count} blocks are"
+    with StreamReader(path, recover=True) as reader:
+        told = [(lost.offset, lost.num_bytes) for lost in reader.damage if what in lost.reason]
+        assert told == ([] if cut and gone.stop == 6 else [(start, 0)])
+        assert len(reader.damage) == len(told) + cut
+        assert reader.num_records < 12
+
+
 def test_records_without_their_site_table_are_kept(tmp_path: Path) -> None:
     """If the site table and the index are lost, recovery makes names up rather than lose the values."""
     data = write(tmp_path / "a.stream", small_samples(2), codec="none").read_bytes()

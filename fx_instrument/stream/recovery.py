@@ -80,6 +80,9 @@ class _Walk:
     num_steps: int = 0
     first_block_ns: int = 0
     whole: bool = False
+    next_sequence: int = 0
+    num_told: int = 0
+    """Gaps of the file that were known when the next block was due: a later one tells where that is."""
 
     def add_block(self, block: Block) -> None:
         header, directory = block.header, block.directory
@@ -210,7 +213,7 @@ class _Recoverer:
         segment_id = segment_id_of(frame) or b""
         if self.walk is None or self.walk.segment_id != segment_id:
             self._finish(frame.offset)
-            self.walk = _Walk(frame.offset, segment_id, None)
+            self.walk = _Walk(frame.offset, segment_id, None, num_told=-1)
         return self.walk
 
     def _step(self, position: int) -> int:
@@ -223,7 +226,7 @@ class _Recoverer:
         if frame.kind == PROLOG:
             prolog = Prolog.read(frame.body)
             self._finish(position)
-            self.walk = _Walk(position, prolog.uuid[:SEGMENT_ID_BYTES], prolog)
+            self.walk = _Walk(position, prolog.uuid[:SEGMENT_ID_BYTES], prolog, num_told=len(self.damage))
             self.blocks.clear()
             self.good_end = frame.end
             return frame.end
@@ -248,6 +251,8 @@ class _Recoverer:
             walk.summary, walk.earlier_summaries = index.summary, index.earlier_summaries
             walk.num_steps = max(walk.num_steps, index.num_steps)
             walk.whole = len(index.rows) == len(walk.blocks)
+            if not self.damage or self.damage[-1].offset < walk.offset:
+                self._miss(walk, walk.next_sequence + len(index.rows) - len(walk.blocks), position)
             self._finish(frame.end)
             return frame.end
         elif frame.kind == VOID:
@@ -267,11 +272,21 @@ class _Recoverer:
                 return block.end
             # Cut off before its end, and another file joined on: that one is not this block's payload.
             raise
-        self._walk_of(frame).add_block(block)
+        walk = self._walk_of(frame)
+        self._miss(walk, block.header.sequence, block.offset)
+        walk.next_sequence, walk.num_told = block.header.sequence + 1, len(self.damage)
+        walk.add_block(block)
         if self.keep_blocks:
             self.blocks.append(block)
         self.good_end = block.end
         return block.end
+
+    def _miss(self, walk: _Walk, sequence: int, offset: int) -> None:
+        """Note the blocks that are gone before ``sequence``, without a byte in their place."""
+        if walk.num_told == len(self.damage) and sequence > walk.next_sequence:
+            count = sequence - walk.next_sequence
+            what = "a block is" if count == 1 else f"{count} blocks are"
+            self.damage.append(Damage(offset, 0, f"{what} missing before byte {offset}"))
 
     def _frame_begins(self, offset: int) -> bool:
         try:

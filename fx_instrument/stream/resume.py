@@ -86,7 +86,10 @@ def _resume(fd: int, codec: str) -> Resumed | None:
         raise CorruptStreamError("an earlier segment has no index; only recover=True reads this file")
     if any(not part.has_prolog for part in recovery.segments) or recovery.segments[0].offset:
         raise CorruptStreamError("a prolog is damaged; only recover=True reads this file")
-    damage = [lost for lost in recovery.damage if segment.offset <= lost.offset < recovery.end]
+    # Where blocks are missing without a byte in their place, there is nothing to skip.
+    damage = [
+        lost for lost in recovery.damage if segment.offset <= lost.offset < recovery.end and lost.num_bytes
+    ]
     if any(lost.num_bytes < FRAME_HEAD.size for lost in damage):
         raise CorruptStreamError("damage is too small to be skipped; only recover=True reads this file")
     sites = _sites(segment)
