@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from .activations import ActivationStream, Record
+from .terminal import shown
 
 
 def record_rows(stream: ActivationStream, sites: Sequence[str], num_values: int) -> Iterator[dict[str, Any]]:
@@ -51,7 +51,7 @@ def record_table(rows: Sequence[Mapping[str, Any]], *, with_ranks: bool) -> Tabl
             f"{value:.4g}" if isinstance(value, float) else str(value) for value in row["values"]
         )
         table.add_row(
-            *(str(row[name]) for name in numbers_shown), escape(row["site"]), row["dtype"], shape, numbers
+            *(str(row[name]) for name in numbers_shown), shown(row["site"]), row["dtype"], shape, numbers
         )
     return table
 

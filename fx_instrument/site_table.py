@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from .config import HookGranularity
+from .terminal import shown
 
 # Wide enough for every column with site names such as model.layers.10.self_attn.
 WIDE = 118
@@ -38,7 +38,7 @@ def site_table(sites: Mapping[str, Mapping[str, Any]], width: int) -> Table:
         numbers = [_number(found[_WIDE_COLUMNS[name]]) for name in columns]
         nonfinite = f" ({found['nonfinite']} nonfinite)" if found["nonfinite"] else ""
         channels = " ".join(str(channel) for channel, _ in found["top_channels"][:3])
-        table.add_row(escape(site) + nonfinite, *numbers, channels)
+        table.add_row(shown(site) + nonfinite, *numbers, channels)
     return table
 
 
@@ -83,7 +83,7 @@ def info_table(found: Mapping[str, Any], sites: Sequence[Mapping[str, str]], inp
     }
     for name, value in rows.items():
         if value is not None:
-            table.add_row(f"[bold]{name}[/]", escape(str(value)))
+            table.add_row(f"[bold]{name}[/]", shown(value))
     return table
 
 

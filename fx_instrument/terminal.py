@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 
@@ -30,6 +31,12 @@ def console() -> Console:
     """Standard output; what goes to a file or a pipe is not squeezed into 80 columns."""
     out = Console()
     return out if out.is_terminal else Console(width=160, soft_wrap=True)
+
+
+def shown(text: object) -> str:
+    """Text of a file as a terminal is to show it: neither markup nor control characters."""
+    plain = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
+    return escape("".join(plain))
 
 
 def print_json(value: Any) -> None:

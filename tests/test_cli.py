@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -85,6 +86,22 @@ def test_head_shows_the_first_records_in_order_of_steps(capsys, stream_file):
 def test_info_of_a_file_that_is_mostly_what_it_says_of_itself(capsys, tmp_path):
     out = call(capsys, "info", write_stream(tmp_path / "a.stream", [{MLP: torch.ones(1)}]))[1]
     assert "x larger" in out and "smaller" not in out
+
+
+@pytest.mark.parametrize("command", ["info", "stats", "head"])
+def test_control_characters_of_a_file_reach_no_terminal(capsys, tmp_path, command):
+    name = "evil\x1b[31m\x1b]0;t\x07[bold].mlp"
+    out = call(capsys, command, write_stream(tmp_path / "a.stream", [{name: torch.ones(2, 3)}]))[1]
+    assert "\x1b" not in out and "\x07" not in out
+    assert command == "info" or r"evil\x1b[31m\x1b]0;t\x07[bold]" in out
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "recover", "head"])
+def test_a_pipe_is_no_stream(capsys, tmp_path, command):
+    """Nothing waits for whoever might write into it."""
+    os.mkfifo(tmp_path / "a.stream")
+    assert run([command, str(tmp_path / "a.stream")]) == 3
+    assert "is no regular file" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_head_writes_what_json_lacks_as_text(capsys, tmp_path):

@@ -336,3 +336,16 @@ def test_a_generator_that_ends_in_another_context(tmp_path: Path) -> None:
         steps = answer()
         assert contextvars.copy_context().run(next, steps) == 0
         assert contextvars.copy_context().run(next, steps, None) is None
+
+
+def test_a_batch_that_its_ids_do_not_divide(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Recorded without ids; said once a request."""
+    model, framework = instrumented(make(PLAIN))
+    with Recorder(framework, tmp_path / "r", min_free_bytes=0) as recorder, recorder.request(["a", "b"]):
+        for _ in range(2):
+            model(tokens(3, 4))
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "a request of 2 ids ran a batch of 3: its rows are recorded without ids"
+    ]
+    with open_stream(tmp_path / "r") as stream:
+        assert stream.num_steps == 2 and stream.requests == ()

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import click
 import torch
-from rich.markup import escape
 
 from ..activations import open_stream
 from ..analysis import describe_damage
 from ..config import CODECS, HookGranularity
 from ..export import FORMATS, export_stream
 from ..packets import convert_packets
-from ..terminal import console, print_json, show_progress
+from ..terminal import console, print_json, show_progress, shown
 from .options import (
     choose,
     files_argument,
@@ -87,8 +86,8 @@ def convert(file: Path, output: Path, dtype: str, width: int | None, codec: str,
         print_json(found)
         return
     if found["truncated"]:
-        console().print(f"[yellow]cut:[/] {escape(found['truncated'])}")
-    console().print(f"{escape(found['file'])}: {found['records']} records of {found['sites']} sites")
+        console().print(f"[yellow]cut:[/] {shown(found['truncated'])}")
+    console().print(f"{shown(found['file'])}: {found['records']} records of {found['sites']} sites")
 
 
 @click.command(short_help="Capture a real SmolLM2-135M and draw it.")

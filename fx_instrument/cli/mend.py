@@ -9,12 +9,11 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.markup import escape
 
 from ..errors import InstrumentationError
 from ..repair import check_file, recover_stream
 from ..stream.mapped import stream_files
-from ..terminal import console, print_json, show_progress
+from ..terminal import console, print_json, show_progress, shown
 from .options import EXIT_DAMAGED, error_line, exit_code, files_argument, for_shell, json_option
 
 
@@ -53,10 +52,10 @@ def verify(files: Sequence[Path], as_json: bool) -> int:
         out = console()
         for result in found:
             for problem in result["problems"]:
-                out.print(f"[red]damaged:[/] {escape(for_shell(problem['reason']))}")
+                out.print(f"[red]damaged:[/] {shown(for_shell(problem['reason']))}")
             count = result["readable_records"]
             state = f"whole, {count} records" if result["ok"] else f"{count} records are readable"
-            out.print(f"{escape(result['file'])}: {state}")
+            out.print(f"{shown(result['file'])}: {state}")
         _print_failed(failed)
     return exit_code(failed[0][1]) if failed else 0 if ok else EXIT_DAMAGED
 
@@ -95,10 +94,10 @@ def recover(files: Sequence[Path], output: Path | None, as_json: bool) -> int:
     for found in results:
         for problem in found["damage"]:
             out.print(
-                f"[yellow]lost:[/] {problem['num_bytes']} bytes at {problem['offset']}: {escape(problem['reason'])}"
+                f"[yellow]lost:[/] {problem['num_bytes']} bytes at {problem['offset']}: {shown(problem['reason'])}"
             )
         state = "" if found["rewritten"] else ", whole already"
-        out.print(f"{escape(found['file'])}: {found['records']} records of {found['steps']} steps{state}")
+        out.print(f"{shown(found['file'])}: {found['records']} records of {found['steps']} steps{state}")
     _print_failed(failed)
     return code
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.markup import escape
 
 from ..errors import (
     CorruptStreamError,
@@ -19,6 +18,7 @@ from ..errors import (
     TruncatedStreamError,
     UnsupportedStreamError,
 )
+from ..terminal import shown
 
 EXIT_DAMAGED, EXIT_USAGE, EXIT_UNREADABLE, EXIT_MISSING_PACKAGE, EXIT_FAILED = 1, 2, 3, 4, 5
 _GAPS_SHOWN = 10
@@ -45,7 +45,7 @@ site_option = click.option(
 
 
 def error_line(error: Exception) -> str:
-    return f"[red]error:[/] {escape(for_shell(str(error)))}"
+    return f"[red]error:[/] {shown(for_shell(str(error)))}"
 
 
 def for_shell(text: str) -> str:
@@ -71,7 +71,7 @@ def print_lost(damage: Sequence[Mapping[str, Any]]) -> None:
     out = Console(stderr=True, soft_wrap=True)
     for gap in damage[:_GAPS_SHOWN]:
         where = f"{gap['num_bytes']} bytes at {gap['offset']}"
-        out.print(f"[yellow]missing:[/] {escape(gap['file'])}: {where}: {escape(for_shell(gap['reason']))}")
+        out.print(f"[yellow]missing:[/] {shown(gap['file'])}: {where}: {shown(for_shell(gap['reason']))}")
     if len(damage) > _GAPS_SHOWN:
         out.print(f"[yellow]missing:[/] {len(damage) - _GAPS_SHOWN} more gaps, which info --json lists")
 

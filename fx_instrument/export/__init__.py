@@ -60,6 +60,7 @@ def export_stream(
             where the format has none, files that were sampled in different ways.
         FileExistsError: ``output`` exists, or shards or an index of that name, and ``overwrite`` is False; or it is
             what no export made: a stream, or a folder other than a Zarr group's.
+        FileNotFoundError: the folder of ``output`` is missing.
         MissingPackageError: the format's library is not installed.
     """
     path = Path(output)
@@ -69,6 +70,8 @@ def export_stream(
             f"format must be one of {', '.join(FORMATS.values())}, or the name end in one of {', '.join(FORMATS)}; "
             f"got format={format!r} and {path.name!r}"
         )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to export into")
     for site in sites or ():
         if site not in stream:
             raise ValueError(f"no site {site!r} to export; {stream.near_sites(site)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import logging
 import operator
 import secrets
 import threading
@@ -30,6 +31,8 @@ from ..requests import (
     encode_new,
     encode_rows,
 )
+
+log = logging.getLogger(__name__)
 
 
 class NamedRun(NamedTuple):
@@ -126,6 +129,7 @@ class Request:
         self.ids = tuple(ids)
         self.patience_s = patience_s
         self._epoch = epoch
+        self._warned = False
         self._first_position: int | None = 0  # of sequences that are not known yet
         self._tags: dict[tuple[int, str], Tag] = {}  # two clients of one batch may use the same id
         self._lock = threading.Lock()
@@ -158,6 +162,13 @@ class Request:
             return []
         batch, length = tokens.shape
         if batch % len(self.ids):
+            if not self._warned:
+                self._warned = True
+                log.warning(
+                    "a request of %d ids ran a batch of %d: its rows are recorded without ids",
+                    len(self.ids),
+                    batch,
+                )
             return []
         each = batch // len(self.ids)
         names = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,6 +63,9 @@ class MappedFile:
 def map_file(path: AnyPath, *, recover: bool) -> MappedFile:
     """The file, mapped, with its segments found; errors as of ``StreamReader``, none of which leaves it open."""
     name = os.fspath(path)
+    if not stat.S_ISREG(Path(name).stat().st_mode):
+        # Opening a pipe would wait for whoever writes into it.
+        raise NotAStreamError(f"{name} is no regular file")
     with Path(name).open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if not size:
