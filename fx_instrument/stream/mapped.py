@@ -63,8 +63,9 @@ class MappedFile:
 def map_file(path: AnyPath, *, recover: bool) -> MappedFile:
     """The file, mapped, with its segments found; errors as of ``StreamReader``, none of which leaves it open."""
     name = os.fspath(path)
-    if not stat.S_ISREG(Path(name).stat().st_mode):
-        # Opening a pipe would wait for whoever writes into it.
+    mode = Path(name).stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        # Opening a pipe would wait for whoever writes into it; a folder is refused by Python itself.
         raise NotAStreamError(f"{name} is no regular file")
     with Path(name).open("rb") as file:
         size = os.fstat(file.fileno()).st_size
