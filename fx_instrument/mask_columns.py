@@ -33,7 +33,8 @@ def step_columns(mask: npt.NDArray[Any], num_tokens: int) -> npt.NDArray[np.bool
 def padding_before(positions: Sequence[int]) -> int:
     """How many of a sequence's tokens are padding by their positions: those in front of position 0 that share one.
 
-    So ``generate`` gives them, which passes some models no mask that tells.
+    So ``generate`` gives them, which passes some models no mask that tells. (Positions that are all 0 read as padding
+    before a single token.)
     """
     if not positions:
         return 0

@@ -33,7 +33,7 @@ class TokenRows:
         decoder's mask.
         """
         ids_name, mask_name = self._names_for(record)
-        if len(record.full_shape) < 2:
+        if self._names.isdisjoint((mask_name, "position_ids")) or len(record.full_shape) < 2:
             return None
         inputs = self._inputs(record)
         mask, ids, positions = inputs.get(mask_name), inputs.get(ids_name), inputs.get("position_ids")

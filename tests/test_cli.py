@@ -18,6 +18,7 @@ pytest.importorskip("rich")
 
 from fx_instrument.activations import open_stream
 from fx_instrument.cli import run
+from fx_instrument.cli.options import print_lost
 from fx_instrument.stream.writer import StreamWriter
 from fx_instrument.version import __version__
 
@@ -176,6 +177,13 @@ def test_what_recover_passes_over_is_said(capsys, stream_file, command):
     said = capsys.readouterr()
     assert json.loads(said.out)
     assert f"missing: {stream_file}:" in said.err and "recover=True" not in said.err
+
+
+def test_of_many_gaps_the_first_are_said(capsys):
+    gaps = [{"file": "a", "offset": n, "num_bytes": 1, "reason": f"reason {n}."} for n in range(13)]
+    print_lost(gaps)
+    said = capsys.readouterr().err
+    assert "reason 9." in said and "reason 10." not in said and "3 more gaps" in said
 
 
 def test_recover_into_another_file_leaves_the_first_alone(capsys, stream_file, tmp_path):

@@ -380,3 +380,12 @@ def test_every_bit_pattern_survives(tmp_path, suffix):
             assert not (wide & 0xFFFF).any()
             stored = torch.from_numpy((wide >> 16).astype(np.uint16).view(np.int16))
         assert torch.equal(stored, expected.view(torch.int16))
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path):
+    with (
+        open_stream(write_stream(tmp_path / "a.stream", [{MLP: values(2, 2)}])) as stream,
+        pytest.raises(FileNotFoundError, match=r"there is no folder .*missing to export into"),
+    ):
+        export_stream(stream, tmp_path / "missing" / "a.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.stream"]

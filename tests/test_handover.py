@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fx_instrument import open_stream
+from fx_instrument import CaptureFailedError, open_stream
 from fx_instrument.capture.handover import Delivery, Handover
 from fx_instrument.capture.layout import host_bytes
 from fx_instrument.capture.packing import Packer, Records, join
@@ -243,3 +243,12 @@ def test_more_small_values_than_a_page_takes(tmp_path: Path) -> None:
         assert len(stream) == 20_000 and stream.verify() == []
         found = stream["s3"].cat().view(-1, 2)[:, 0].tolist()
         assert found == [float(number) for number in range(20_000) if 3 * number % 7 == 3]
+
+
+def test_values_that_are_not_those_of_their_plan() -> None:
+    """Whatever made a graph with fixed shapes run with others: no value gets the shape of another."""
+    planned, others = [torch.ones(4, 8)] * 2, [torch.ones(4, 8), torch.ones(5, 8)]
+    plan = Packer(layout, 1 << 20, 0).plan(Records([0, 1], [0, 0], *kinds(planned), None))
+    assert plan is not None
+    with pytest.raises(CaptureFailedError, match="leave 256 bytes of values left 288"):
+        join([(plan, others)])

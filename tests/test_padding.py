@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from models import tokens
+from tiny_llm import tiny_causal_lm
 
 from fx_instrument import InstrumentationConfig, InstrumentationFramework, Recorder, open_stream
 from fx_instrument.graph.counting import integer_inputs
@@ -45,31 +45,11 @@ def test_of_several_masks_that_of_full_attention_is_kept() -> None:
     assert integer_inputs((), (), {"attention_mask": {"sliding_attention": window}}) == {}
 
 
-def small(kind: str) -> Any:
-    transformers = pytest.importorskip("transformers")
-    more: dict[str, Any] = {"sliding_window": 4} if kind == "mistral" else {}
-    config = transformers.AutoConfig.for_model(
-        kind,
-        num_hidden_layers=2,
-        hidden_size=32,
-        intermediate_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=37,
-        pad_token_id=0,
-        eos_token_id=None,
-        **more,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return transformers.AutoModelForCausalLM.from_config(config).eval()
-
-
 @pytest.mark.parametrize("kind", ["qwen2", "gemma3_text", "mistral"])
 def test_a_padded_batch_with_a_static_cache(kind: str, tmp_path: Path) -> None:
     """generate() gives these a mask for each kind of layer, some none that tells of padding: their positions do."""
-    model = small(kind)
+    window = {"sliding_window": 4} if kind == "mistral" else {}
+    model = tiny_causal_lm(kind, head_dim=8, pad_token_id=0, **window)
     model.generation_config.eos_token_id = None
     framework = InstrumentationFramework(InstrumentationConfig(max_memory_gb=0.05))
     framework.instrument_model(model, backend="eager")

@@ -1,4 +1,4 @@
-"""Tiny Llamas of random weights: by themselves, and in a folder with a tokenizer of 128 words, as servers load them."""
+"""Tiny language models of random weights: by themselves, and in a folder with a tokenizer, as servers load them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ import torch
 
 def tiny_llama(vocabulary: int = 37) -> Any:
     """Two layers of width 32; the test is skipped where transformers is not installed."""
+    return tiny_causal_lm("llama", vocabulary)
+
+
+def tiny_causal_lm(kind: str, vocabulary: int = 37, **more: Any) -> Any:
+    """The same of another architecture, by transformers' name of it."""
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(
-        "llama",
+        kind,
         num_hidden_layers=2,
         hidden_size=32,
         intermediate_size=64,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=vocabulary,
+        **more,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)

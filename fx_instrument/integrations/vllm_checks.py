@@ -92,18 +92,20 @@ def language_part(model: torch.nn.Module, *, named: bool) -> str:
     get = getattr(model, "get_language_model", None)
     if get is None:
         return ""
+    unknown = InstrumentationError(
+        f"vLLM does not say which part of {type(model).__name__} is its language model, and other parts have no "
+        f"rows of tokens: name sites inside it, HookConfig(target_layers=[...])"
+    )
     try:
         part = get()
-    except NotImplementedError:
-        # What vLLM's own method raises where it finds no language model: an answer, which is treated below as one that
-        # names no module. Sites that were named have no bound then; without names that ends here.
-        part = None
+    except NotImplementedError as error:
+        if not named:
+            raise unknown from error
+        # vLLM's word for that it finds no language model: then nothing bounds the sites that were named.
+        return ""
     name = next((name for name, module in model.named_modules() if module is part), None)
     if name is None and not named:
-        raise InstrumentationError(
-            f"vLLM does not say which part of {type(model).__name__} is its language model, and other parts have no "
-            f"rows of tokens: name sites inside it, HookConfig(target_layers=[...])"
-        )
+        raise unknown
     return name or ""
 
 
