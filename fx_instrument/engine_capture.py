@@ -28,9 +28,10 @@ from .graph.rewrite import insert_captures
 from .graph.sites import choose_sites
 from .row_plan import EVERYTHING, RowPlanner
 from .serving.lane import Lane
+from .serving.limits import FileLimits
 from .serving.off_file import OffFile
 from .serving.one_file import OneFile
-from .serving.rotation import FileLimits, RotatingFiles
+from .serving.rotation import RotatingFiles
 from .step_sink import StepSink, store_rows
 
 log = logging.getLogger(__name__)

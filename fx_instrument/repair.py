@@ -121,7 +121,15 @@ def check_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     if problems:
         try:
             with StreamReader(name, recover=True) as reader:
-                problems += [found for found in map(_problem, reader.damage) if found not in problems]
+                damage = [_problem(gap) for gap in reader.damage]
+                # What kept the file from being opened is told once, with its place.
+                problems = [
+                    problem
+                    for problem in problems
+                    if problem["offset"] is not None
+                    or not any(lost["reason"] in problem["reason"] for lost in damage)
+                ]
+                problems += [lost for lost in damage if lost not in problems]
                 records = reader.num_records
         except (TruncatedStreamError, CorruptStreamError):
             records = 0

@@ -125,6 +125,7 @@ def test_verify_finds_a_flipped_bit_and_a_cut(capsys, stream_file):
     stream_file.write_bytes(whole[:-1])
     code, found = call_json(capsys, "verify", stream_file)
     assert (code, found["ok"], found["readable_records"]) == (1, False, records)
+    assert [problem["offset"] is None for problem in found["problems"]] == [False]
     assert call(capsys, "verify", stream_file)[0] == 1
 
 

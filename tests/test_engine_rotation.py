@@ -17,7 +17,8 @@ from waiting import recordings, until
 
 from fx_instrument import InstrumentationConfig, open_stream
 from fx_instrument.serving.folder import RecordingFolder
-from fx_instrument.serving.rotation import FileLimits, RotatingFiles
+from fx_instrument.serving.limits import FileLimits
+from fx_instrument.serving.rotation import RotatingFiles
 from fx_instrument.stream import segment_writer
 
 

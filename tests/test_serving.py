@@ -32,6 +32,7 @@ from fx_instrument import (
 from fx_instrument.capture.session import Session
 from fx_instrument.requests import NO_REQUEST, ROWS_INPUT
 from fx_instrument.serving.folder import RecordingFolder
+from fx_instrument.serving.limits import FileLimits
 from fx_instrument.serving.tags import Request, ran, tagged
 from fx_instrument.stream import segment_writer
 
@@ -507,6 +508,23 @@ def test_the_oldest_files_go(tmp_path: Path) -> None:
             recorder.rotate()
             until(lambda: not recorder._files.is_ending)
     assert [path.name[:6] for path in recordings(folder)] == ["000003", "000004", "000005", "notes."]
+
+
+def test_no_file_takes_all_the_bytes_that_are_kept(tmp_path: Path) -> None:
+    """A file ends when it has half of ``max_total_bytes``, however large files may be otherwise."""
+    model, framework = instrumented()
+    folder = tmp_path / "r"
+
+    def goes_on_in_a_third_file() -> bool:
+        model(tokens(4, 64))
+        return recorder.report.files == 3
+
+    limits = FileLimits(max_total_bytes=200_000)
+    assert limits.is_full(100_000) and not limits.is_full(99_999)
+    with Recorder(
+        framework, folder, rotate_bytes=None, rotate_s=None, max_total_bytes=200_000, min_free_bytes=0
+    ) as recorder:
+        until(goes_on_in_a_third_file)
 
 
 def test_folders_that_are_refused(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from fx_instrument.engine_capture import EngineCapture
 from fx_instrument.errors import NoSitesError
 from fx_instrument.integrations import vllm, vllm_checks
 from fx_instrument.integrations.vllm import BACKEND, WorkerCapture, engine_arguments, server_arguments
-from fx_instrument.serving.rotation import FileLimits
+from fx_instrument.serving.limits import FileLimits
 
 
 class CudaGraphs(enum.Enum):

@@ -68,7 +68,7 @@ class Drain:
         shut: called at the first failure: nothing that waits for room may go on waiting.
         waited_for: whether a thread that runs the model waits for room.
         packed_bytes: the most that small values may take while they are packed.
-        dropped: told the names of records that are thrown away after a failure.
+        dropped: told the names of records that are thrown away after a failure, and whether they are inputs.
         tick: called a few times a second.
     """
 
@@ -82,7 +82,7 @@ class Drain:
         shut: Callable[[], None],
         waited_for: Callable[[], bool],
         packed_bytes: int,
-        dropped: Callable[[Sequence[str]], None],
+        dropped: Callable[[Sequence[str], bool], None],
         tick: Callable[[], None] | None,
     ) -> None:
         self.handover = Handover()
@@ -119,7 +119,7 @@ class Drain:
         while not ended:
             deliveries, seal, ended = self.handover.take(_TICK_S)
             for delivery in deliveries:
-                self._guarded(self._write, delivery)
+                self._bring(delivery)
             deliveries.clear()
             self._guarded(self._store_group)
             if seal:
@@ -141,10 +141,14 @@ class Drain:
         # Who waits for room may wait for a page that is not full.
         self._writer.seal(older_than_s=0.0 if self._waited_for() else SEAL_AFTER_S)
 
-    def _write(self, delivery: Delivery) -> None:
-        if self.failure is not None:
+    def _bring(self, delivery: Delivery) -> None:
+        """To the writer, all of it, or what is left of it after a failure is thrown away."""
+        if self.failure is None:
+            self._guarded(self._write, delivery)
+        if delivery.num_bytes or delivery.num_done < len(delivery.names):
             self._throw_away(delivery)
-            return
+
+    def _write(self, delivery: Delivery) -> None:
         site_ids: Sequence[int]
         if delivery.is_input:
             site_ids = [self._input_id(name) for name in delivery.names]
@@ -153,42 +157,32 @@ class Drain:
         landing = delivery.landing
         if delivery.copied is not None:
             for site_id, (dtype, shape, data) in zip(site_ids, delivery.copied, strict=True):
-                release = _Release(self._budget, RECORD_OVERHEAD_BYTES + len(data))
+                counted = RECORD_OVERHEAD_BYTES + len(data)
+                release = _Release(self._budget, counted)
                 where = delivery.step, site_id, 0
                 self._put_record(*where, dtype, shape, None, np.frombuffer(data, np.uint8), release)
+                delivery.done(1, counted)
             return
         if landing is None:
             self._put(delivery, site_ids, delivery.values)
             return
-        left = delivery.num_bytes
-        done = 0
+        # Ends early when it is shut: what would have made room has failed.
         for arrival in landing.arrivals(self._make_room):
-            count = len(arrival.layout.starts)
-            counted = count * RECORD_OVERHEAD_BYTES
-            if arrival.room is None:
-                counted += arrival.layout.num_bytes
-            left -= counted
-            done += count
-            self._put_arrival(delivery, site_ids, arrival, counted)
-        if left:
-            self._budget.release(left)
-        if done < len(site_ids):
-            # Shut in the middle: what would have made room has failed.
-            self._dropped([] if delivery.is_input else delivery.names[done:])
+            self._put_arrival(delivery, site_ids, arrival)
 
     def _put(self, delivery: Delivery, site_ids: Sequence[int], values: list[torch.Tensor]) -> None:
         """Bring the records of a delivery that was on the host all along to the writer."""
-        counted, calls, full_shapes = delivery.num_bytes, delivery.calls, delivery.full_shapes
+        calls, full_shapes = delivery.calls, delivery.full_shapes
         kinds = delivery.kinds if delivery.kinds is not None else Kinds.of(values)
         records = Records(site_ids, calls, kinds.dtypes, kinds.shapes, full_shapes)
         plan = self._packer.plan(records)
         if plan is not None:
-            self._pack(_Waiting(delivery, plan, values, counted))
+            waiting = _Waiting(delivery, plan, values, delivery.num_bytes)
+            delivery.done(len(values), delivery.num_bytes)
+            self._pack(waiting)
             return
         # Records of a site stay in the order of their steps.
         self._store_group()
-        self.records += len(values)
-        self.raw_bytes += sum(value.nbytes for value in values)
         groups = self._packer.groups(records)
         if groups:
             self._put_groups(delivery, groups, values)
@@ -197,40 +191,33 @@ class Drain:
         for index in range(len(values)):
             # Not held here any longer: a value that is not contiguous is copied, and goes then.
             value = values.pop()
-            share = RECORD_OVERHEAD_BYTES + value.nbytes
-            counted -= share
+            counted = RECORD_OVERHEAD_BYTES + value.nbytes
             data, dtype, shape = host_bytes(value), value.dtype, value.shape
             del value
             full_shape = full_shapes[index] if full_shapes is not None else None
-            release = _Release(self._budget, share)
+            release = _Release(self._budget, counted)
             self._put_record(
                 delivery.step, site_ids[index], calls[index], dtype, shape, full_shape, data, release
             )
-        if counted:
-            self._budget.release(counted)
+            self._count(delivery, 1, len(data), counted)
 
     def _put_groups(self, delivery: Delivery, groups: Sequence[Group], values: list[torch.Tensor]) -> None:
         """Bring large values to the writer where they lie, as many at once as a page holds."""
-        counted = delivery.num_bytes
+        delivery.order = [index for group in groups for index in group.order]
         waiting = dict(enumerate(values))
         values.clear()
         for group in groups:
             # Not held here any longer: a value that is not contiguous is copied, and goes then.
             pieces = [host_bytes(waiting.pop(index)) for index in group.order]
-            share = group.num_bytes + len(pieces) * RECORD_OVERHEAD_BYTES
-            counted -= share
-            self._writer.put_packed(group.layout, delivery.step, pieces, _Release(self._budget, share))
-        if counted:
-            self._budget.release(counted)
+            counted = group.num_bytes + len(pieces) * RECORD_OVERHEAD_BYTES
+            self._writer.put_packed(group.layout, delivery.step, pieces, _Release(self._budget, counted))
+            self._count(delivery, len(pieces), group.num_bytes, counted)
 
-    def _put_arrival(
-        self, delivery: Delivery, site_ids: Sequence[int], arrival: Arrival, counted: int
-    ) -> None:
+    def _put_arrival(self, delivery: Delivery, site_ids: Sequence[int], arrival: Arrival) -> None:
         """Bring records that came from a device together to the writer, as they lie.
 
         Args:
             site_ids: of the whole delivery.
-            counted: bytes that the budget counts for them.
         """
         layout, calls, full_shapes, room = arrival.layout, delivery.calls, delivery.full_shapes, arrival.room
         count = len(layout.starts)
@@ -240,13 +227,11 @@ class Drain:
         if not delivery.is_input:
             # Records of a site stay in the order of their steps.
             self._store_group()
-            self.records += count
-            self.raw_bytes += sum(layout.ends) - sum(layout.starts)
             if arrival.memory is not None and room is not None:
                 records = Records(site_ids, calls, layout.dtypes, layout.shapes, full_shapes)
                 parts = self._packer.parts(records)
                 if parts:
-                    self._put_parts(delivery.step, parts, arrival.memory, room)
+                    self._put_parts(delivery, parts, arrival.memory, room)
                     return
         values = arrival.data()
         if delivery.is_input and room is not None and layout.num_bytes <= _COPIED_BYTES:
@@ -259,14 +244,28 @@ class Drain:
         for index, data in enumerate(values):
             full_shape = full_shapes[index] if full_shapes is not None else None
             kind = layout.dtypes[index], layout.shapes[index], full_shape
-            release = _Release(self._budget, counted // count, room)
+            # What lies in the ring is counted with it.
+            counted = RECORD_OVERHEAD_BYTES + (len(data) if arrival.room is None else 0)
+            release = _Release(self._budget, counted, room)
             self._put_record(delivery.step, site_ids[index], calls[index], *kind, data, release)
+            self._count(delivery, 1, len(data), counted)
 
-    def _put_parts(self, step: int, parts: Sequence[Part], memory: npt.NDArray[np.uint8], room: Room) -> None:
+    def _put_parts(
+        self, delivery: Delivery, parts: Sequence[Part], memory: npt.NDArray[np.uint8], room: Room
+    ) -> None:
         room.split(len(parts))
         for part in parts:
-            release = _Release(self._budget, part.num_values * RECORD_OVERHEAD_BYTES, room)
-            self._writer.put_packed(part.layout, step, memory[part.begin : part.end], release)
+            counted = part.num_values * RECORD_OVERHEAD_BYTES
+            release = _Release(self._budget, counted, room)
+            self._writer.put_packed(part.layout, delivery.step, memory[part.begin : part.end], release)
+            self._count(delivery, part.num_values, part.end - part.begin, counted)
+
+    def _count(self, delivery: Delivery, num_records: int, num_bytes: int, counted: int) -> None:
+        """So many of a delivery's records are with the writer; the budget counts ``counted`` bytes for them."""
+        delivery.done(num_records, counted)
+        if not delivery.is_input:
+            self.records += num_records
+            self.raw_bytes += num_bytes
 
     def _put_record(
         self,
@@ -304,31 +303,37 @@ class Drain:
         group, self._group, self._group_bytes = self._group, [], 0
         if not group:
             return
-        if self.failure is not None:
-            for waiting in group:
+        num_stored = given_back = 0
+        try:
+            if self.failure is None:
+                packs = join([(waiting.plan, waiting.values) for waiting in group])
+                for waiting, data in zip(group, packs, strict=True):
+                    num_values = len(waiting.values)
+                    # What remains is one object for all.
+                    waiting.values.clear()
+                    kept = waiting.plan.num_bytes + RECORD_OVERHEAD_BYTES
+                    release = _Release(self._budget, kept)
+                    self._writer.put_packed(waiting.plan.layout, waiting.delivery.step, data, release)
+                    num_stored += 1
+                    given_back += waiting.counted - kept
+                    self.records += num_values
+                    self.raw_bytes += waiting.plan.num_bytes
+        finally:
+            for waiting in group[num_stored:]:
                 waiting.values.clear()
-                self._budget.release(waiting.counted)
-                self._dropped(waiting.delivery.names)
-            return
-        packs = join([(waiting.plan, waiting.values) for waiting in group])
-        given_back = 0
-        for waiting, data in zip(group, packs, strict=True):
-            self.records += len(waiting.values)
-            self.raw_bytes += waiting.plan.num_bytes
-            # What remains is one object for all.
-            waiting.values.clear()
-            kept = waiting.plan.num_bytes + RECORD_OVERHEAD_BYTES
-            given_back += waiting.counted - kept
-            release = _Release(self._budget, kept)
-            self._writer.put_packed(waiting.plan.layout, waiting.delivery.step, data, release)
-        self._budget.release(given_back)
+                given_back += waiting.counted
+                self._dropped(waiting.delivery.names, False)
+            self._budget.release(given_back)
 
     def _throw_away(self, delivery: Delivery) -> None:
+        """What of it is not with the writer."""
         if delivery.landing is not None:
             delivery.landing.abandon()
         delivery.values.clear()
+        left = delivery.left()
+        if left:
+            self._dropped(left, delivery.is_input)
         self._budget.release(delivery.num_bytes)
-        self._dropped([] if delivery.is_input else delivery.names)
 
     def _make_room(self) -> None:
         # What fills the ring may lie in pages that are not full yet.

@@ -29,13 +29,27 @@ class Delivery:
     """On the host; empty where ``landing`` brings them, and of inputs that were ``copied``."""
     full_shapes: Sequence[tuple[int, ...]] | None
     num_bytes: int
-    """Counted in for them: their bytes where they are on the host, and their bookkeeping."""
+    """Counted in for what is not with the writer yet: its bytes where it is on the host, and its bookkeeping."""
     is_input: bool = False
     landing: Landing | None = None
     kinds: Kinds | None = None
     """What is known of the values."""
     copied: list[Copied] | None = None
     """Inputs that were on the host."""
+    order: Sequence[int] | None = None
+    """In which the values go to the writer, if not as they come."""
+    num_done: int = 0
+    """How many are with the writer, or wait to be copied together with others."""
+
+    def done(self, num_records: int, num_bytes: int) -> None:
+        """So many more are, for which so many bytes were counted in."""
+        self.num_done += num_records
+        self.num_bytes -= num_bytes
+
+    def left(self) -> Sequence[str]:
+        """The names of those that are not."""
+        order = range(len(self.names)) if self.order is None else self.order
+        return [self.names[index] for index in order[self.num_done :]]
 
 
 class Handover:
@@ -53,10 +67,11 @@ class Handover:
         self._ended = False
 
     def put(self, delivery: Delivery) -> None:
-        self._deliveries.append(delivery)
         landing = delivery.landing
+        num_bytes = delivery.num_bytes + (landing.num_bytes if landing is not None else 0)
+        self._deliveries.append(delivery)
         # Not locked: where threads race, the drain thread comes one tick later.
-        self._waiting_bytes += delivery.num_bytes + (landing.num_bytes if landing is not None else 0)
+        self._waiting_bytes += num_bytes
         enough = _WAKE_BYTES if landing is None else _WAKE_DEVICE_BYTES
         if (landing is not None and not landing.is_started) or (
             self._waiting_bytes >= enough and not delivery.is_input

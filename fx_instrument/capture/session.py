@@ -236,8 +236,7 @@ class Session:
                 total += value.nbytes
         ticket = self._admission.of_inputs(Ticket(device=device, overwritten=device is not None), total)
         if ticket.dropped:
-            with self._lock:
-                self._dropped_inputs += 1
+            self._count_dropped(list(inputs), are_inputs=True)
             return
         delivery = Delivery(number, list(inputs), [0] * len(values), [], None, total, is_input=True)
         # The caller may change its inputs while the copies are on their way; what a device has is gathered there.
@@ -256,8 +255,11 @@ class Session:
         )
         self._hand_over(ticket, delivery)
 
-    def _count_dropped(self, names: Sequence[str]) -> None:
+    def _count_dropped(self, names: Sequence[str], are_inputs: bool = False) -> None:
         with self._lock:
+            if are_inputs:
+                self._dropped_inputs += 1
+                return
             for name in names:
                 self._dropped[name] = self._dropped.get(name, 0) + 1
 

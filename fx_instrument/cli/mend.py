@@ -54,7 +54,9 @@ def verify(files: Sequence[Path], as_json: bool) -> int:
             for problem in result["problems"]:
                 out.print(f"[red]damaged:[/] {shown(for_shell(problem['reason']))}")
             count = result["readable_records"]
-            state = f"whole, {count} records" if result["ok"] else f"{count} records are readable"
+            state = (
+                f"whole, {count} records" if result["ok"] else f"{count} records are readable with --recover"
+            )
             out.print(f"{shown(result['file'])}: {state}")
         _print_failed(failed)
     return exit_code(failed[0][1]) if failed else 0 if ok else EXIT_DAMAGED

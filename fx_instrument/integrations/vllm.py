@@ -25,7 +25,7 @@ from ..config import HookConfig, HookGranularity, InstrumentationConfig
 from ..engine_capture import EngineCapture, Scheduled
 from ..errors import InstrumentationError, NoSitesError
 from ..row_plan import draw_number
-from ..serving.rotation import FileLimits
+from ..serving.limits import FileLimits
 from .vllm_arguments import BACKEND, KEY, WORKER, engine_arguments, server_arguments
 from .vllm_checks import check_supported, check_whole, language_part, restore_piecewise
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import HookGranularity, InstrumentationConfig
-from ..serving.rotation import MIN_FREE_BYTES, FileLimits
+from ..serving.limits import MIN_FREE_BYTES, FileLimits
 from ..version import __version__
 
 KEY = "fx_instrument"
@@ -60,7 +60,8 @@ def engine_arguments(
         rotate_s: so is one that has records and is older, in seconds.
         max_files: how many files a worker keeps, the oldest are deleted; None keeps all. Files that were in the
             folder before count, and are deleted, too.
-        max_total_bytes: how many bytes of files a worker keeps, likewise.
+        max_total_bytes: how many bytes of files a worker keeps, likewise, beside the file that is written; one that has
+            half of it is ended.
         min_free_bytes: capturing switches itself off before the folder's disk has less room; None leaves 1 GiB.
         metrics_port: each worker that stores serves its counters to Prometheus there; with several workers the n-th
             at ``metrics_port + n``. Needs ``prometheus_client``. None serves none.

@@ -15,8 +15,9 @@ from ..capture_block import open_session
 from ..errors import CaptureActiveError, InstrumentationError
 from ..forks import track
 from ..framework import InstrumentationFramework
+from .limits import MIN_FREE_BYTES, FileLimits
 from .report import RecorderReport
-from .rotation import MIN_FREE_BYTES, FileLimits, RotatingFiles
+from .rotation import RotatingFiles
 from .router import Router
 from .tags import Request, RowSource, in_request
 
@@ -38,11 +39,12 @@ class Recorder:
         framework: has an instrumented model; no other capture of it can be open while the recorder is on.
         folder: where the files go; made private to this user, and owned by one recorder at a time. Each process of
             a server needs one of its own.
-        rotate_bytes: a file that is larger is ended and the next one begun; None never does.
+        rotate_bytes: a file that is larger is ended and the next one begun; None sets no such limit.
         rotate_s: so is one that has records and is older, in seconds; None never is.
         max_files: how many files are kept, the oldest are deleted; None keeps all. Files that were in the folder
             before count, and are deleted, too.
-        max_total_bytes: how many bytes of files are kept, likewise.
+        max_total_bytes: how many bytes of files are kept, likewise, beside the file that is written; one that has half
+            of it is ended.
         requests_only: record the forward calls inside ``request`` only.
         max_stall_s: how long capturing may hold up what runs inside one ``request``, or one forward call outside
             of it, in all; 0 never waits for room.

@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..capture.session import Session
@@ -15,41 +14,12 @@ from ..errors import InstrumentationError
 from ..forks import track
 from .folder import RecordingFolder
 from .lane import Lane, say_off
+from .limits import FileLimits
 from .report import RecorderReport, RecorderTotals
 
 log = logging.getLogger(__name__)
 
-MIN_FREE_BYTES = 1 << 30
 _POLL_S = 0.2
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileLimits:
-    """When a file is ended, how many are kept, and how much of the disk is left to others.
-
-    Raises:
-        ValueError: a limit is 0 or less.
-    """
-
-    rotate_bytes: int | None = None
-    """A file that is larger is ended and the next one begun; None never does."""
-    rotate_s: float | None = None
-    """So is one that has records and is older, in seconds."""
-    max_files: int | None = None
-    """So many files are kept, the oldest are deleted before a file is begun and after one was ended; None keeps all.
-    Files that were there before count."""
-    max_total_bytes: int | None = None
-    """So many bytes of files are kept, likewise."""
-    min_free_bytes: int = MIN_FREE_BYTES
-    """Nothing is written while the folder's disk has less room than that."""
-
-    def __post_init__(self) -> None:
-        for name in ("rotate_bytes", "rotate_s", "max_files", "max_total_bytes"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be greater than 0 or None, got {value!r}")
-        if not self.min_free_bytes >= 0:
-            raise ValueError(f"min_free_bytes must be 0 or more, got {self.min_free_bytes!r}")
 
 
 class RotatingFiles:
@@ -340,7 +310,7 @@ class RotatingFiles:
         # One file may be on its way out at a time: that is what the memory bound is divided by.
         if not report.records or self._ending:
             return False
-        if limits.rotate_bytes is not None and report.stored_bytes >= limits.rotate_bytes:
+        if limits.is_full(report.stored_bytes):
             return True
         return limits.rotate_s is not None and time.monotonic() - lane.began_s >= limits.rotate_s
 
