@@ -269,7 +269,7 @@ def _check_resumable(path: Path, metadata: Mapping[str, Any]) -> None:
         return
 
     def described(values: Mapping[str, Any]) -> dict[str, Any]:
-        config, model = values.get("config", {}), values.get("model", {})
+        config, model = values.get("config", {}), values.get("model") or {}
         hooks = config.get("hook_config", {})
         sampled = config.get("granularity") == HookGranularity.SAMPLED_SLICES.value
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +78,12 @@ class HookConfig:
                 raise TypeError(f"target_layers must hold strings, got {glob!r}")
             if not glob:
                 raise ValueError("target_layers holds an empty glob")
+            numbers = re.search(r"\[!?(\d+-\d{2,}|\d{2,}-\d+)\]", glob)
+            if numbers is not None:
+                raise ValueError(
+                    f"target_layers glob {glob!r}: {numbers[0]} is a class of single characters, no range of numbers; "
+                    f"give a glob for each number, or for each first digit ('1[0-5]')"
+                )
         if not globs:
             raise ValueError("target_layers is empty; None lets the granularity choose the sites")
         object.__setattr__(self, "target_layers", globs)

@@ -353,6 +353,9 @@ class InstrumentationFramework:
                 "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "dtype": str(first.dtype).removeprefix("torch.") if first is not None else None,
                 "device": str(first.device) if first is not None else None,
+                "is_encoder_decoder": bool(
+                    getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+                ),
             },
             "backend": self._backend_name,
             "versions": versions,

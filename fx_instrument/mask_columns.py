@@ -14,7 +14,7 @@ def step_columns(mask: npt.NDArray[Any], num_tokens: int) -> npt.NDArray[np.bool
 
     Args:
         mask: (batch, columns): all tokens so far, or all slots of a static cache; the call's tokens are the last
-            columns that are in use.
+            columns that are in use. int8 where it is one row of a 4-D one, as inputs are recorded.
         num_tokens: of each sequence in this call; between 1 and the number of columns.
     """
     end = mask.shape[1]
@@ -23,9 +23,9 @@ def step_columns(mask: npt.NDArray[Any], num_tokens: int) -> npt.NDArray[np.bool
         seen = np.flatnonzero(mask.any(axis=0))
         end = max(num_tokens, int(seen[-1]) + 1 if len(seen) else end)
     columns: npt.NDArray[np.bool_] = mask[:, end - num_tokens : end] != 0
-    if mask.dtype == np.bool_ and not columns[:, 0].any():
-        # A boolean mask is one row of a 4-D one: that no sequence sees the step's first token means that a
-        # sliding window hides it, not that it is padding.
+    if mask.dtype == np.int8 and not columns[:, 0].any():
+        # In a row of a 4-D one, that no sequence sees the step's first token means that a sliding window hides it, not
+        # that it is padding.
         return None
     return columns
 

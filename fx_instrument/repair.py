@@ -52,6 +52,8 @@ def recover_stream(
         if Path(output).exists():
             raise FileExistsError(f"{output} exists already")
         return _recover(source, Path(output), str(output), progress)
+    # A link stays one: the file that it names is what is damaged.
+    source = Path(os.path.realpath(source))
     # Held until the new file is in its place: what a capture still writes is not taken away from under it.
     fd = os.open(source, os.O_RDWR if os.access(source, os.W_OK) else os.O_RDONLY)
     try:
@@ -59,7 +61,7 @@ def recover_stream(
         check_in_place(source, os.fstat(fd).st_ino)
         target = source.with_name(f".{source.name}.recovering")
         target.unlink(missing_ok=True)
-        found = _recover(source, target, str(source), progress, always=False)
+        found = _recover(source, target, os.fspath(path), progress, always=False)
         if found["rewritten"]:
             target.replace(source)
     finally:
@@ -90,6 +92,8 @@ def _recover(
             "rewritten": always or not whole,
         }
         if found["rewritten"]:
+            # Left by a recovery that was killed.
+            _part_of(target).unlink(missing_ok=True)
             try:
                 _copy(reader, target, damage, progress)
             except BaseException:
@@ -178,7 +182,7 @@ def _copy(
 
 
 def _part_of(target: Path) -> Path:
-    return target.with_name(f"{target.name}.part")
+    return target.with_name(f".{target.name.removeprefix('.')}.part")
 
 
 def _copy_segment(

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -29,6 +28,7 @@ import numpy.typing as npt
 import torch
 
 from .errors import CorruptStreamError, MissingRecordError
+from .row_order import Order, is_tokens_first, num_rows, order_of, reads_tokens, rows_of
 
 ROWS_INPUT = "request_rows"
 NEW_INPUT = "new_requests"
@@ -94,6 +94,22 @@ class _Place:
     step_rows: frozenset[int]
     """How many rows a record of the step has whose rows are its tokens: those of the runs, or with padding behind them
     those of the recorded ids."""
+    batch: tuple[int, int] | None
+    """Sequences and tokens of each, where the step's ids are laid out so."""
+
+    def order(self, shape: Sequence[int]) -> Order | None:
+        """How a record of this shape has the step's rows; None if it has others."""
+        if num_rows(shape) not in self.step_rows:
+            return None
+        return "batch first" if self.batch is None else order_of(rows_of(shape), *self.batch)
+
+    def row(self, index: int, *, tokens_first: bool) -> int:
+        """Which of a record's rows, one after the other, the ``index``-th of this request is."""
+        index += self.offset
+        if not tokens_first or self.batch is None:
+            return index
+        sequence, token = divmod(index, self.batch[1])
+        return token * self.batch[0] + sequence
 
 
 @dataclass(slots=True)
@@ -160,8 +176,11 @@ def _scan(stream: StreamLike, rank: int) -> list[_Found]:
                 f"{stream.path}: {ROWS_INPUT} of step {step} is {runs.dtype} {tuple(runs.shape)}, expected int64 (n, 3)"
             )
         tokens = inputs.get(TOKENS_INPUT)
-        offset, num_rows = 0, int(runs[:, 2].sum())
-        step_rows = frozenset({num_rows, num_rows if tokens is None else max(num_rows, tokens.numel())})
+        offset, total = 0, int(runs[:, 2].sum())
+        step_rows = frozenset({total, total if tokens is None else max(total, tokens.numel())})
+        batch = None
+        if tokens is not None and tokens.dim() == 2 and tokens.numel() == total:
+            batch = (tokens.shape[0], tokens.shape[1])
         for number, position, count in runs.tolist():
             if position < 0 or not 0 < count <= MAX_REQUEST_ROWS:
                 raise CorruptStreamError(
@@ -177,7 +196,7 @@ def _scan(stream: StreamLike, rank: int) -> list[_Found]:
                     rank, {"number": number, "id": f"#{number} of rank {rank}"}
                 )
                 found.append(request)
-            request.places.append(_Place(step, offset, position, count, step_rows))
+            request.places.append(_Place(step, offset, position, count, step_rows, batch))
             offset += count
     return found
 
@@ -283,19 +302,28 @@ class RequestRows:
         rows: dict[int, tuple[_Key, int]] = {}
         self._records: dict[_Key, Any] = {}
         self._uneven: Any = None
+        there = []
         # Of pipeline stages, each with a rank of its own, one has the site.
         for rank, place in ((file.rank, place) for file in found for place in file.places):
             record = stream.find(site, place.step, rank=rank)
-            if record is None:
-                continue
-            if _num_rows(record) not in place.step_rows:
+            if record is not None:
+                there.append(((rank, place.step), place, record))
+        # A step of as many sequences as tokens does not show which come first; another one of the site does.
+        turned = any(
+            is_tokens_first(rows_of(record.shape), *place.batch) for _, place, record in there if place.batch
+        )
+        for key, place, record in there:
+            order = place.order(record.shape) if reads_tokens(site) else None
+            if order is None:
                 # As of lm_head, which computes the last tokens only: whose its rows are nothing tells.
                 self._uneven = record
                 continue
-            self._records[rank, place.step] = record
+            self._records[key] = record
+            is_square = place.batch is not None and place.batch[0] == place.batch[1]
+            tokens_first = order == "tokens first" or (turned and is_square and len(record.shape) == 3)
             for index in range(place.count):
                 # A position that was computed again (after a preemption) counts as it was computed last.
-                rows[place.position + index] = ((rank, place.step), place.offset + index)
+                rows[place.position + index] = (key, place.row(index, tokens_first=tokens_first))
         self._rows = dict(sorted(rows.items()))
 
     @property
@@ -344,11 +372,6 @@ class RequestRows:
 
     def __repr__(self) -> str:
         return f"RequestRows({self.site!r} of {self._request.id!r}, {len(self)} rows)"
-
-
-def _num_rows(record: Any) -> int:
-    shape = record.shape
-    return math.prod(shape[: max(1, len(shape) - 1)]) if len(shape) else 0
 
 
 def _rows(record: Any) -> torch.Tensor:

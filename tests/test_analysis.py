@@ -96,10 +96,10 @@ def test_padding_is_left_out_and_the_mask_may_be_longer_than_the_step(tmp_path):
 
 
 def test_padding_that_every_sequence_begins_with_is_left_out(tmp_path):
-    """As padding to a fixed length gives; only a row of a 4-D mask, which is boolean, may hide tokens otherwise."""
+    """As padding to a fixed length gives; only a row of a 4-D mask, which is int8, may hide tokens otherwise."""
     made = values(2, 4, 8)
     mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
-    for step_mask, tokens in ((mask, 5), (mask.bool(), 8)):
+    for step_mask, tokens in ((mask, 5), (mask.bool(), 5), (mask.to(torch.int8), 8)):
         inputs = [{"input_ids": torch.zeros(2, 4, dtype=torch.int64), "attention_mask": step_mask}]
         assert analyse(tmp_path, [{SITE: made}], inputs=inputs)["sites"][SITE]["tokens"] == tokens
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,8 +61,16 @@ def on_device(*shapes: Sequence[int], replays: bool) -> Run:
     return run
 
 
+def in_turns(*runs: Run) -> Run:
+    turns = itertools.cycle(runs)
+    return lambda session, device: next(turns)(session, device)
+
+
 SMALL, LARGE = (8, 16), (64, 1024)
 WAYS = {
+    "copied together, two dtypes in turn": in_turns(
+        on_host(*[SMALL] * 4), on_host(*[SMALL] * 4, dtypes=[torch.bfloat16] * 4)
+    ),
     "copied together": on_host(*[SMALL] * 4),
     "where they lie": on_host(*[LARGE] * 4),
     "one by one": on_host(*[LARGE] * 4, dtypes=[torch.float32, torch.bfloat16] * 2),

@@ -41,7 +41,7 @@ def test_of_several_masks_that_of_full_attention_is_kept() -> None:
     window = torch.zeros(2, 1, 4, 6, dtype=torch.bool)
     masks = {"sliding_attention": window, "full_attention": full}
     found = integer_inputs((), (), {"attention_mask": masks})
-    assert torch.equal(found["attention_mask"], full[:, 0, -1])
+    assert torch.equal(found["attention_mask"], full[:, 0, -1].to(torch.int8))
     assert integer_inputs((), (), {"attention_mask": {"sliding_attention": window}}) == {}
 
 

@@ -717,6 +717,7 @@ def test_rows_of_a_padded_batch() -> None:
         (None, 0, 1),
     ]
     ran(first)
+    request.ended()
     longer = torch.cat([mask, torch.ones(2, 1, dtype=torch.int64)], 1)
     places = torch.tensor([[3], [4]])
     second = request.runs({"input_ids": ids[:, :1], "attention_mask": longer, "position_ids": places})
@@ -724,18 +725,21 @@ def test_rows_of_a_padded_batch() -> None:
         ("a", 3, 1),
         ("b", 4, 1),
     ]
+    request.ended()
     assert [tag.id for tag, _, _ in request.runs({"input_ids": torch.ones(4, 1)}) if tag] == [
         "a#0",
         "a#1",
         "b#0",
         "b#1",
     ]
+    request.ended()
     assert request.runs({"input_ids": torch.ones(3, 1)}) == [] == request.runs({"attention_mask": mask})
     filled = Request(("c", ""), 0.0)
     assert [
         (tag and tag.id, position, count)
         for tag, position, count in filled.runs({"input_ids": ids, "attention_mask": mask})
     ] == [(None, 0, 2), ("c", 0, 3), (None, 0, 5)]
+    filled.ended()
     assert [tag and tag.id for tag, _, _ in filled.runs({"input_ids": torch.ones(4, 1)})] == [
         "c#0",
         "c#1",

@@ -66,8 +66,8 @@ def test_rows_with_either_cache(cache: str | None, num_padding: int, tmp_path: P
 
 
 def test_a_sliding_window_is_no_padding() -> None:
-    """Where a boolean mask hides the call's first token from all, nothing is known of padding."""
-    mask = torch.zeros(2, 8, dtype=torch.bool)
+    """Where a row of a 4-D mask hides the call's first token from all, nothing is known of padding."""
+    mask = torch.zeros(2, 8, dtype=torch.int8)
     mask[:, 3:6] = True
     runs = Request(("a", "b"), 0.0).runs({"input_ids": prompt(2, 6), "attention_mask": mask})
     assert [(tag and tag.id, position, count) for tag, position, count in runs] == [("a", 0, 6), ("b", 0, 6)]

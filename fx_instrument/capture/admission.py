@@ -84,7 +84,8 @@ class Admission:
                 leave = self._largest_run_bytes = max(self._largest_run_bytes, total)
         if (on_host or self._admit(device_bytes)) and self._acquire(total, leave):
             ticket.grant(total)
-        elif leave and self._budget.acquire(total, wait=True):
+        elif leave and self._budget.acquire(total, wait=True, timeout_s=self._wait_s()):
+            # Not within the time that a server's call may wait: then it goes beyond the bound.
             ticket.num_bytes = total
         return ticket
 
@@ -132,7 +133,11 @@ class Admission:
         self._seal()
         if self._drop:
             return False
-        return attempt(wait=True, timeout_s=self._patience() if self._patience is not None else None)
+        return attempt(wait=True, timeout_s=self._wait_s())
+
+    def _wait_s(self) -> float | None:
+        """How many seconds this call may wait for room; None: as long as it takes."""
+        return None if self._patience is None else self._patience()
 
     def _claim_pinned(self) -> int:
         """Count in the pinned ring, all at once; answers its size."""

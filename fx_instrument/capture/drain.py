@@ -177,9 +177,7 @@ class Drain:
         records = Records(site_ids, calls, kinds.dtypes, kinds.shapes, full_shapes)
         plan = self._packer.plan(records)
         if plan is not None:
-            waiting = _Waiting(delivery, plan, values, delivery.num_bytes)
-            delivery.done(len(values), delivery.num_bytes)
-            self._pack(waiting)
+            self._pack(delivery, plan)
             return
         # Records of a site stay in the order of their steps.
         self._store_group()
@@ -288,13 +286,13 @@ class Drain:
         )
         self._writer.put(record, data, release)
 
-    def _pack(self, waiting: _Waiting) -> None:
+    def _pack(self, delivery: Delivery, plan: Plan) -> None:
         """Copy the values together with those of other graph runs."""
-        limit, plan = min(_GROUP_BYTES, self._packer.max_bytes // 4), waiting.plan
-        group = self._group
+        limit, group = min(_GROUP_BYTES, self._packer.max_bytes // 4), self._group
         if group and (group[0].plan.dtype is not plan.dtype or self._group_bytes + plan.num_bytes > limit):
             self._store_group()
-        self._group.append(waiting)
+        self._group.append(_Waiting(delivery, plan, delivery.values, delivery.num_bytes))
+        delivery.done(len(delivery.values), delivery.num_bytes)
         self._group_bytes += plan.num_bytes
         if self._group_bytes >= limit:
             self._store_group()

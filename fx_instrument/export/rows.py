@@ -70,7 +70,7 @@ def to_arrow(selection: Selection, path: Path, *, as_parquet: bool) -> None:
             found_ids = None if record.is_sampled else token_rows.token_ids(record)
             token_ids = [None] * num_rows if found_ids is None else found_ids.tolist()
             values = flat.reshape(-1).numpy()
-            rows_a_batch = max(1, BATCH_BYTES // max(1, width * common.itemsize))
+            rows_a_batch = max(1, BATCH_BYTES // (width * common.itemsize + ROW_OVERHEAD_BYTES))
             for start in range(0, num_rows, rows_a_batch):
                 n = min(rows_a_batch, num_rows - start)
                 columns["site"] += [record.site] * n

@@ -207,8 +207,8 @@ def integer_inputs(
 ) -> dict[str, torch.Tensor]:
     """The integer and boolean tensors of at most two dimensions among a call's arguments, by name.
 
-    Of a 4-D attention mask (batch, heads or 1, queries, keys), as static caches make it, the last query's row: which
-    keys it sees tells which tokens are padding, at a fraction of the size. Of several masks, one for each kind of
+    Of a 4-D attention mask (batch, heads or 1, queries, keys), as static caches make it, the last query's row, as int8:
+    which keys it sees tells which tokens are padding, at a fraction of the size. Of several masks, one for each kind of
     layer, that of full attention: in others a window hides tokens, too.
     """
     named = {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
@@ -223,5 +223,5 @@ def integer_inputs(
                 inputs[name] = value
         elif value.dim() == 4 and name.endswith("attention_mask") and value.shape[2] > 0:
             row = value[:, 0, -1]
-            inputs[name] = row == 0 if row.is_floating_point() else row != 0
+            inputs[name] = (row == 0 if row.is_floating_point() else row != 0).view(torch.int8)
     return inputs

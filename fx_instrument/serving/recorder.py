@@ -323,6 +323,7 @@ class Recorder:
                     attachment.open(self._router, timeout_s=door_s)
                 else:
                     attachment.close(timeout_s=door_s)
+                    self._router.leave_steps()
                 break
             except TimeoutError:
                 if time.monotonic() >= deadline_s:

@@ -31,6 +31,7 @@ class _Mine(threading.local):
 
     def __init__(self) -> None:
         self.in_step = False
+        self.step: object = None
         self.lane: Lane | None = None
         self.request: Request | None = None
         self.patience_s = 0.0
@@ -57,6 +58,7 @@ class Router:
         self._sourced: SourcedRows | None = None
         self._lock = threading.Lock()  # which requests a file has named
         self._mine = _Mine()
+        self._steps: dict[object, Lane] = {}  # the files that forward calls entered and have not left
         self.epoch = 0
         """Changed before each file that is begun after a time without one: a request may have calls from in between."""
 
@@ -75,8 +77,7 @@ class Router:
         mine = self._mine
         if mine.lane is not None:
             # The call before was cut off by an exception inside one compiled function.
-            mine.runs = []
-            self.end_step()
+            self._end_step(completed=False)
         request = current_request(self)
         mine.in_step = True
         mine.request = request
@@ -86,8 +87,14 @@ class Router:
         if request is not None or not self._requests_only:
             lane = mine.lane = self._files.enter()
             if lane is not None:
-                with self._shielded(lane):
-                    in_session = self._begin(lane, inputs, request)
+                mine.step = object()
+                self._steps[mine.step] = lane
+                try:
+                    with self._shielded(lane):
+                        in_session = self._begin(lane, inputs, request)
+                except BaseException:
+                    self._end_step(completed=False)
+                    raise
         return functools.partial(self._joined, mine.lane, request, in_session)
 
     def _begin(self, lane: Lane, inputs: Mapping[str, torch.Tensor], request: Request | None) -> Join:
@@ -125,17 +132,33 @@ class Router:
             mine.in_step, mine.lane, mine.request = False, None, None
 
     def end_step(self) -> None:
+        # A call that an exception ends may be tried again: its tokens are still to come.
+        self._end_step(completed=sys.exc_info()[1] is self._mine.handled)
+
+    def _end_step(self, *, completed: bool) -> None:
         mine = self._mine
-        lane, mine.lane, mine.request, mine.in_step = mine.lane, None, None, False
-        runs, mine.runs = mine.runs, []
-        handled, mine.handled = mine.handled, None
-        if sys.exc_info()[1] is handled:
-            # A call that an exception ends may be tried again: its tokens are still to come.
+        lane, request, runs = mine.lane, mine.request, mine.runs
+        mine.lane, mine.request, mine.in_step, mine.runs, mine.handled = None, None, False, [], None
+        if completed:
             ran(runs)
+        if request is not None and runs:
+            request.ended()
         if lane is not None:
-            with self._shielded(lane):
-                lane.session.end_step()
+            try:
+                with self._shielded(lane):
+                    lane.session.end_step()
+            finally:
+                self._leave_step(mine.step)
+
+    def _leave_step(self, step: object) -> None:
+        lane = self._steps.pop(step, None)
+        if lane is not None:
             self._files.leave(lane)
+
+    def leave_steps(self) -> None:
+        """Once the model runs its idle variant, forward calls deliver no more, and the end of some goes unseen."""
+        for step in list(self._steps):
+            self._leave_step(step)
 
     def reserve(
         self,
@@ -151,19 +174,23 @@ class Router:
         lane = self._enter_again()
         if lane is None:
             return None
-        with self._shielded(lane):
-            inner = lane.session.reserve(
-                sites,
-                num_bytes,
-                device=device,
-                device_bytes=device_bytes,
-                replays=replays,
-                early=early,
-                alike=alike,
-            )
-            return _Ticket(lane, inner)
-        self._files.leave(lane)
-        return None
+        ticket = None
+        try:
+            with self._shielded(lane):
+                inner = lane.session.reserve(
+                    sites,
+                    num_bytes,
+                    device=device,
+                    device_bytes=device_bytes,
+                    replays=replays,
+                    early=early,
+                    alike=alike,
+                )
+                ticket = _Ticket(lane, inner)
+        finally:
+            if ticket is None:
+                self._files.leave(lane)
+        return ticket
 
     def deliver(
         self,
@@ -173,15 +200,13 @@ class Router:
         full_shapes: Sequence[tuple[int, ...]] | None,
     ) -> None:
         if ticket is not None:
-            with self._shielded(ticket.lane):
+            with self._until_left(ticket.lane):
                 ticket.lane.session.deliver(ticket.inner, sites, values, full_shapes)
-            self._files.leave(ticket.lane)
 
     def cancel(self, ticket: _Ticket | None) -> None:
         if ticket is not None:
-            with self._shielded(ticket.lane):
+            with self._until_left(ticket.lane):
                 ticket.lane.session.cancel(ticket.inner)
-            self._files.leave(ticket.lane)
 
     def returned(self, ticket: _Ticket | None) -> None:
         if ticket is not None:
@@ -191,9 +216,8 @@ class Router:
     def record_eager(self, site: Site, value: torch.Tensor) -> None:
         lane = self._enter_again()
         if lane is not None:
-            with self._shielded(lane):
+            with self._until_left(lane):
                 lane.session.record_eager(site, value)
-            self._files.leave(lane)
 
     # -- lanes --------------------------------------------------------------------------------------------------
 
@@ -209,6 +233,15 @@ class Router:
         if mine.lane is not None:
             self._files.enter_again(mine.lane)
         return mine.lane
+
+    @contextlib.contextmanager
+    def _until_left(self, lane: Lane) -> Iterator[None]:
+        """The last that is done in a lane that was entered: it is left behind it, whatever happens."""
+        try:
+            with self._shielded(lane):
+                yield
+        finally:
+            self._files.leave(lane)
 
     @contextlib.contextmanager
     def _shielded(self, lane: Lane) -> Iterator[None]:

@@ -67,6 +67,8 @@ class Tag:
         """Behind the last token that ran."""
         self.prompt_tokens: int | None = None
         """As far as is known by now."""
+        self.gives_positions = False
+        """A call of the sequence said where its tokens are."""
 
     def begins_again(self, position: int, num_tokens: int) -> bool:
         """Whether a call of these tokens begins another sequence, which happens to have the same id.
@@ -130,6 +132,11 @@ class Request:
         self.patience_s = patience_s
         self._epoch = epoch
         self._warned = False
+        self.is_over = False
+        """Its block was left; a task that was begun inside may still have its context."""
+        self._num_running = 0
+        self._is_mixed = False
+        """Two forward calls ran at once, so which of them a later one follows nothing tells."""
         self._first_position: int | None = 0  # of sequences that are not known yet
         self._tags: dict[tuple[int, str], Tag] = {}  # two clients of one batch may use the same id
         self._lock = threading.Lock()
@@ -145,10 +152,22 @@ class Request:
             if epoch != self._epoch:
                 self._epoch = epoch
                 self._lose_positions()
-            runs = self._runs(inputs)
-            if not runs:
+            if self._num_running and not self._is_mixed:
+                self._is_mixed = True
+                log.warning(
+                    "a request runs two forward calls at once: its later rows are recorded without ids"
+                )
+            runs = [] if self._is_mixed else self._runs(inputs)
+            if runs:
+                self._num_running += 1
+            else:
                 self._lose_positions()
             return runs
+
+    def ended(self) -> None:
+        """A forward call that ``runs`` told the rows of is over."""
+        with self._lock:
+            self._num_running = max(0, self._num_running - 1)
 
     def _lose_positions(self) -> None:
         """Nobody saw what a forward call of this request computed."""
@@ -170,6 +189,8 @@ class Request:
                     batch,
                 )
             return []
+        positions = inputs.get("position_ids")
+        gives_positions = positions is not None
         each = batch // len(self.ids)
         names = (
             self.ids if each == 1 else [one and f"{one}#{index}" for one in self.ids for index in range(each)]
@@ -180,7 +201,6 @@ class Request:
         # One sequence alone is not padded; several are looked at, which makes the host wait for an accelerator.
         is_read = mask is not None and (batch > 1 or mask.device.type == "cpu")
         real = step_columns(mask.cpu().numpy(), length) if mask is not None and is_read else None
-        positions = inputs.get("position_ids")
         # Of a prompt that it runs in pieces, generate() cuts the positions of each out of those of all.
         is_piece = positions is not None and positions.shape == tokens.shape and positions.stride(0) > length
         if positions is not None and (positions.device.type != "cpu" or positions.shape != tokens.shape):
@@ -200,13 +220,19 @@ class Request:
             if tag is None:
                 tag = self._tags[row, name] = Tag(name)
                 tag.next_position = self._first_position
+            if tag.gives_positions and not gives_positions:
+                # A call beside the sequence's own, as those without a condition that ``guidance_scale`` makes.
+                found.append((None, 0, length))
+                continue
             start = tag.next_position
             if positions is not None and count:
                 first = int(positions[row, left])
                 if int(positions[row, left + count - 1]) == first + count - 1:
-                    start = first
+                    # What stands before the first token is padding, whatever the mask says.
+                    start = first if first >= 0 else None
             if start is not None and tag.begins_again(start, count):
                 tag = self._tags[row, name] = Tag(name)
+            tag.gives_positions |= gives_positions
             if start is not None and count:
                 tag.sees(start, count, is_piece=is_piece)
             mine: TaggedRun = (None, 0, count) if start is None else (tag, start, count)
@@ -298,7 +324,8 @@ _REQUESTS: contextvars.ContextVar[Mapping[object, Request]] = contextvars.Contex
 
 def current_request(of: object) -> Request | None:
     """The request that this context serves with the recorder ``of``."""
-    return _REQUESTS.get().get(of)
+    request = _REQUESTS.get().get(of)
+    return None if request is None or request.is_over else request
 
 
 @contextlib.contextmanager
@@ -308,6 +335,7 @@ def in_request(of: object, request: Request) -> Iterator[None]:
     try:
         yield
     finally:
+        request.is_over = True
         # Raised in another context than was entered, as of a generator that a server resumes or closes elsewhere:
         # nothing was set here that is to be put back, and a response must not fail for it.
         with contextlib.suppress(ValueError):

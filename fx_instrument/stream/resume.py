@@ -90,6 +90,14 @@ def _resume(fd: int, codec: str) -> Resumed | None:
     damage = [
         lost for lost in recovery.damage if segment.offset <= lost.offset < recovery.end and lost.num_bytes
     ]
+    # What has no byte to be skipped is told by the new index alone: gaps, and blocks behind the last good one that the
+    # old index knew of. Where there was none, the end is what a kill left.
+    gone = [
+        Damage(min(lost.offset, recovery.end), 0, lost.reason)
+        for lost in recovery.damage
+        if segment.offset <= lost.offset
+        and (not lost.num_bytes or (lost.offset >= recovery.end and segment.summary))
+    ]
     if any(lost.num_bytes < FRAME_HEAD.size for lost in damage):
         raise CorruptStreamError("damage is too small to be skipped; only recover=True reads this file")
     sites = _sites(segment)
@@ -108,7 +116,9 @@ def _resume(fd: int, codec: str) -> Resumed | None:
         blocks=[_index_row(block, segment) for block in recovery.blocks],
         next_sequence=max((block.header.sequence for block in recovery.blocks), default=-1) + 1,
         earlier_summaries=summaries,
-        damage=[Damage(lost.offset - segment.offset, lost.num_bytes, lost.reason) for lost in damage],
+        damage=[
+            Damage(lost.offset - segment.offset, lost.num_bytes, lost.reason) for lost in (*damage, *gone)
+        ],
     )
 
 

@@ -164,7 +164,12 @@ def _segment_before(data: memoryview, end: int) -> Segment:
         raise CorruptStreamError(
             f"the index at byte {frame.offset} says its segment has {index.segment_bytes} bytes"
         )
-    prolog, _ = read_prolog(data, offset)
+    try:
+        prolog, _ = read_prolog(data, offset)
+    except NotAStreamError:
+        raise CorruptStreamError(
+            f"the index at byte {frame.offset} says that its segment begins at byte {offset}, where none does"
+        ) from None
     if segment_id_of(frame) != prolog.uuid[:SEGMENT_ID_BYTES]:
         raise CorruptStreamError(f"the index at byte {frame.offset} belongs to another segment")
     blocks, sites = np.nonzero(np.unpackbits(index.bitmaps, axis=1, bitorder="little"))
