@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from stream_files import CODECS, Sample, contents, floats, put_all, small_samples, write
 
-from fx_instrument import open_stream, recover_stream
+from fx_instrument import CorruptStreamError, open_stream, recover_stream
+from fx_instrument.repair import check_file
 from fx_instrument.stream import files as files_module
 from fx_instrument.stream import resume as resume_module
 from fx_instrument.stream.reader import StreamReader
@@ -176,3 +177,77 @@ def test_sites_that_only_the_index_named_outlive_a_killed_append(tmp_path: Path)
     before = told(path, recover=False)[2]
     begin(path)
     assert told(path, recover=True)[2] == before
+
+
+def test_a_kill_before_the_end_is_cut_off_tells_nothing_twice(tmp_path: Path) -> None:
+    """The frame in the index's place and its copy are both there: one of them counts, and nothing was lost."""
+    path = tmp_path / "a.stream"
+    write(path, small_samples(), seal_every=1, summary=FIRST)
+    size = path.stat().st_size
+    with pytest.MonkeyPatch.context() as patch:
+        # All bytes of the two frames, and not the change behind them.
+        dying = Dying(patch, 1 << 40, Killed())
+        patch.setattr(resume_module, "os", SimpleNamespace(**{**vars(os), "ftruncate": _killed}))
+        with pytest.raises(Killed):
+            begin(path)
+    assert dying.left < 1 << 40 and path.stat().st_size > size
+    assert told(path, recover=True)[0] == [FIRST]
+    with open_stream(path, recover=True) as stream:
+        assert stream.damage == []
+    append(path, small_samples(1), FIRST)
+    with open_stream(path) as stream:
+        assert stream.verify() == [] == stream.damage
+    assert told(path, recover=False)[0] == [FIRST, FIRST]
+
+
+def _killed(fd: int, size: int) -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("which", [1, 4], ids=["in the middle", "the last"])
+def test_going_on_tells_what_was_lost_before(tmp_path: Path, which: int) -> None:
+    """A damaged block of a whole file is skipped, or cut off, and either way the file says so from then on."""
+    path = tmp_path / "a.stream"
+    write(path, [Sample("m", step, floats(500, step)) for step in range(5)], seal_every=1)
+    with StreamReader(path) as reader:
+        place = int(reader.segments[0].block_offsets[which]) + 400
+    damaged = bytearray(path.read_bytes())
+    damaged[place] ^= 1
+    path.write_bytes(damaged)
+    append(path, [Sample("m", 5, floats(500, 9))], {})
+    with open_stream(path) as stream:
+        assert len(stream) == 5 and len(stream.damage) == 1
+
+
+def test_a_site_that_is_called_something_else_in_another_file(tmp_path: Path) -> None:
+    """One name is one site, whatever its role in each file."""
+    for name, role, steps in (("a", "mlp", 3), ("b", "other", 2)):
+        writer = StreamWriter(tmp_path / f"{name}.stream", metadata={}, codec="zstd", num_workers=1)
+        writer.add_site("m", role)
+        put_all(writer, [Sample("m", step, floats(50, step), role=role) for step in range(steps)])
+        writer.close({"num_steps": steps})
+    with open_stream(tmp_path) as stream:
+        assert [(site.name, site.role) for site in stream.sites] == [("m", "mlp")]
+        assert len(stream) == len(stream["m"]) == len(list(stream)) == 5
+
+
+def test_repairing_a_link_repairs_its_file(tmp_path: Path) -> None:
+    path, link = tmp_path / "a.stream", tmp_path / "link.stream"
+    write(path, small_samples(), seal_every=1)
+    path.write_bytes(path.read_bytes()[:-1])
+    link.symlink_to(path)
+    recover_stream(link)
+    assert link.is_symlink()
+    with open_stream(path) as stream:
+        assert stream.verify() == []
+
+
+def test_a_byte_too_many_is_damage(tmp_path: Path) -> None:
+    """The index then points beside the file's beginning, and the file is a stream all the same."""
+    path = tmp_path / "a.stream"
+    write(path, small_samples(), seal_every=1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200] + b"\0" + whole[200:])
+    with pytest.raises(CorruptStreamError, match="where none does"):
+        open_stream(path)
+    assert not check_file(path)["ok"]

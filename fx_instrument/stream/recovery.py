@@ -81,12 +81,15 @@ class _Walk:
     first_block_ns: int = 0
     whole: bool = False
     next_sequence: int = 0
+    last_sites: tuple[bytes, int] = b"", 0
+    """The sites frame behind the last block, and where it ends."""
     num_told: int = 0
     """Gaps of the file that were known when the next block was due: a later one tells where that is."""
 
     def add_block(self, block: Block) -> None:
         header, directory = block.header, block.directory
         number = len(self.blocks)
+        self.last_sites = b"", 0
         self.codec = header.codec
         self.first_block_ns = self.first_block_ns or header.time_ns
         rows = directory.rows
@@ -157,6 +160,8 @@ class Recovery:
     """Of the last segment, if asked for."""
     told_summaries: list[dict[str, Any]]
     """Summaries of captures into the last segment that stand before ``end``."""
+    has_index: bool
+    """Whether the last segment was ended."""
 
 
 def recover_segments(data: memoryview, read_ahead: ReadAhead, *, keep_blocks: bool = False) -> Recovery:
@@ -182,6 +187,7 @@ class _Recoverer:
         self.segments: list[Segment] = []
         self.damage: list[Damage] = []
         self.walk: _Walk | None = None
+        self.has_index = False
         self.good_end = 0
         self.summed_bytes = 0
         """Of all frames and payloads that were compared with their checksums, some several times."""
@@ -201,7 +207,9 @@ class _Recoverer:
             # Says in the right class why this is no stream.
             read_prolog(self.data, 0)
             raise CorruptStreamError("the file holds no readable frame of a stream")
-        return Recovery(self.segments, self.damage, self.good_end, self.blocks, self.told_summaries)
+        return Recovery(
+            self.segments, self.damage, self.good_end, self.blocks, self.told_summaries, self.has_index
+        )
 
     def _finish(self, end: int) -> None:
         if self.walk is not None:
@@ -228,6 +236,7 @@ class _Recoverer:
             self._finish(position)
             self.walk = _Walk(position, prolog.uuid[:SEGMENT_ID_BYTES], prolog, num_told=len(self.damage))
             self.blocks.clear()
+            self.has_index = False
             self.good_end = frame.end
             return frame.end
         if empty_bytes:
@@ -238,7 +247,12 @@ class _Recoverer:
                 # A writer that was to go on with this file was killed before it touched the index.
                 self.segments[-1].whole = False
                 return frame.end
-            walk = self._walk_of(frame)
+            walk, body = self._walk_of(frame), bytes(frame.body)
+            if body == walk.last_sites[0]:
+                # It was killed before it cut off what is left of the index, with its copy behind.
+                self.damage = [lost for lost in self.damage if lost.offset < walk.last_sites[1]]
+                return frame.end
+            walk.last_sites = body, frame.end
             walk.sites.update((site.id, site) for site in sites)
             walk.told_summaries += earlier.summaries
             walk.num_steps = max(walk.num_steps, earlier.num_steps)
@@ -246,6 +260,7 @@ class _Recoverer:
             return self._block(frame)
         elif frame.kind == INDEX:
             index = read_index(frame.body)
+            self.has_index = True
             walk = self._walk_of(frame)
             walk.sites.update((site.id, site) for site in index.sites)
             walk.summary, walk.earlier_summaries = index.summary, index.earlier_summaries

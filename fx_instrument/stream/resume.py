@@ -96,7 +96,7 @@ def _resume(fd: int, codec: str) -> Resumed | None:
         Damage(min(lost.offset, recovery.end), 0, lost.reason)
         for lost in recovery.damage
         if segment.offset <= lost.offset
-        and (not lost.num_bytes or (lost.offset >= recovery.end and segment.summary))
+        and (not lost.num_bytes or (lost.offset >= recovery.end and recovery.has_index))
     ]
     if any(lost.num_bytes < FRAME_HEAD.size for lost in damage):
         raise CorruptStreamError("damage is too small to be skipped; only recover=True reads this file")
