@@ -69,10 +69,10 @@ def test_tokens_before_sequences(tmp_path: Path, length: int) -> None:
     framework = InstrumentationFramework(InstrumentationConfig(max_memory_gb=0.05))
     framework.instrument_model(model, backend="eager")
     ids = torch.randint(2, 64, (2, length))
-    with torch.no_grad(), Recorder(framework, tmp_path / "r", min_free_bytes=0) as recorder:
-        with recorder.request(["a", "b"]):
-            model(input_ids=ids)
-            model(input_ids=ids[:, :1])
+    recorder = Recorder(framework, tmp_path / "r", min_free_bytes=0)
+    with torch.no_grad(), recorder, recorder.request(["a", "b"]):
+        model(input_ids=ids)
+        model(input_ids=ids[:, :1])
     with open_stream(tmp_path / "r") as stream:
         for site in (one.name for one in framework.sites):
             whole = torch.cat([stream.read(site, 0), stream.read(site, 1)])
@@ -147,7 +147,7 @@ def encoder_decoder() -> Any:
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_decoder_does_not_go_by_its_encoders_inputs(tmp_path: Path, beams: int) -> None:
-    """Labels as long as the inputs, or beams, of which the mask has a row each: the encoder's padding is the encoder's."""
+    """Labels as long as the inputs, or beams, of which the mask has a row each: padding is the encoder's own."""
     pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
@@ -181,9 +181,12 @@ def test_padding_in_front_of_every_sequence(tmp_path: Path, dtype: torch.dtype) 
     framework.instrument_model(model, backend="eager")
     ids = torch.randint(2, 30, (1, 7))
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]]).to(dtype)
-    with torch.no_grad(), Recorder(framework, tmp_path / "r", min_free_bytes=0) as recorder:
-        with recorder.request("a"):
-            model(input_ids=ids, attention_mask=mask)
+    with (
+        torch.no_grad(),
+        Recorder(framework, tmp_path / "r", min_free_bytes=0) as recorder,
+        recorder.request("a"),
+    ):
+        model(input_ids=ids, attention_mask=mask)
     with open_stream(tmp_path / "r") as stream:
         assert stream.inputs(0)["attention_mask"].dtype == dtype
         assert stream.request("a").token_ids() == dict(enumerate(ids[0, 2:].tolist()))

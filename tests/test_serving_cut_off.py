@@ -180,9 +180,12 @@ def test_guidance_is_not_of_the_request(tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     ids = tokens(1, 6, vocabulary=28) + 2
     negative = tokens(1, 9, vocabulary=28, seed=1) + 2
-    with torch.no_grad(), Recorder(framework, tmp_path / "r", min_free_bytes=0) as recorder:
-        with recorder.request("a"):
-            answer = model.generate(ids, guidance_scale=1.5, negative_prompt_ids=negative, **options)
+    with (
+        torch.no_grad(),
+        Recorder(framework, tmp_path / "r", min_free_bytes=0) as recorder,
+        recorder.request("a"),
+    ):
+        answer = model.generate(ids, guidance_scale=1.5, negative_prompt_ids=negative, **options)
     with open_stream(tmp_path / "r") as stream:
         assert stream.request("a").token_ids() == dict(enumerate(answer[0, :-1].tolist()))
         assert stream.request("a")[SITE].token_positions.tolist() == list(range(9))
