@@ -200,6 +200,17 @@ def test_a_kill_before_the_end_is_cut_off_tells_nothing_twice(tmp_path: Path) ->
     assert told(path, recover=False)[0] == [FIRST, FIRST]
 
 
+def test_captures_without_a_record_that_say_the_same(tmp_path: Path) -> None:
+    """Each of them counts."""
+    path = tmp_path / "a.stream"
+    write(path, small_samples(), seal_every=1, summary=FIRST)
+    for _ in range(3):
+        append(path, [], FIRST)
+    assert told(path, recover=False)[0] == [FIRST] * 4
+    path.write_bytes(path.read_bytes()[:-1])
+    assert len(told(path, recover=True)[0]) == 3
+
+
 def _killed(fd: int, size: int) -> None:
     raise Killed
 

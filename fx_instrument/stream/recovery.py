@@ -248,7 +248,7 @@ class _Recoverer:
                 self.segments[-1].whole = False
                 return frame.end
             walk, body = self._walk_of(frame), bytes(frame.body)
-            if body == walk.last_sites[0]:
+            if body == walk.last_sites[0] and walk.last_sites[1] < position:
                 # It was killed before it cut off what is left of the index, with its copy behind.
                 self.damage = [lost for lost in self.damage if lost.offset < walk.last_sites[1]]
                 return frame.end
