@@ -39,7 +39,7 @@ def order_of(rows: Sequence[int], batch: int, tokens: int) -> Order | None:
 
 
 def is_tokens_first(rows: Sequence[int], batch: int, tokens: int) -> bool:
-    """Whether a value's shape alone shows it, which no value of one sequence, or of as many as tokens, does."""
+    """Whether a value's shape alone shows that tokens come first, as of as many sequences as tokens it never does."""
     return tuple(rows) == (tokens, batch) != (batch, tokens)
 
 
@@ -49,4 +49,5 @@ def num_rows(shape: Sequence[int]) -> int:
 
 
 def rows_of(shape: Sequence[int]) -> Sequence[int]:
+    """The dimensions that count the rows of a value of this shape."""
     return shape[: max(1, len(shape) - 1)]

@@ -217,7 +217,7 @@ def _killed(fd: int, size: int) -> None:
 
 @pytest.mark.parametrize("which", [1, 4], ids=["in the middle", "the last"])
 def test_going_on_tells_what_was_lost_before(tmp_path: Path, which: int) -> None:
-    """A damaged block of a whole file is skipped, or cut off, and either way the file says so from then on."""
+    """A damaged block of a whole file is skipped, or cut off, and either way the file says so for good."""
     path = tmp_path / "a.stream"
     write(path, [Sample("m", step, floats(500, step)) for step in range(5)], seal_every=1)
     with StreamReader(path) as reader:
@@ -225,9 +225,12 @@ def test_going_on_tells_what_was_lost_before(tmp_path: Path, which: int) -> None
     damaged = bytearray(path.read_bytes())
     damaged[place] ^= 1
     path.write_bytes(damaged)
-    append(path, [Sample("m", 5, floats(500, 9))], {})
-    with open_stream(path) as stream:
-        assert len(stream) == 5 and len(stream.damage) == 1
+    for count in (5, 6):
+        append(path, [Sample("m", count, floats(500, 9))], {})
+        with open_stream(path) as stream:
+            assert len(stream) == count and len(stream.damage) == len(stream.verify()) == 1
+        with open_stream(path, recover=True) as stream:
+            assert len(stream) == count and len(stream.damage) == 1
 
 
 def test_a_site_that_is_called_something_else_in_another_file(tmp_path: Path) -> None:
@@ -240,6 +243,16 @@ def test_a_site_that_is_called_something_else_in_another_file(tmp_path: Path) ->
     with open_stream(tmp_path) as stream:
         assert [(site.name, site.role) for site in stream.sites] == [("m", "mlp")]
         assert len(stream) == len(stream["m"]) == len(list(stream)) == 5
+
+
+def test_a_site_that_is_called_something_else_in_the_next_capture(tmp_path: Path) -> None:
+    """In one file, too."""
+    path = tmp_path / "a.stream"
+    write(path, [Sample("m", 0, floats(50))])
+    append(path, [Sample("m", 1, floats(50), role="other")], {})
+    with open_stream(path) as stream:
+        assert [(site.name, site.role) for site in stream.sites] == [("m", "mlp")]
+        assert len(stream) == len(stream["m"]) == len(list(stream)) == 2
 
 
 def test_repairing_a_link_repairs_its_file(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ class Drain:
         self._writer.seal(older_than_s=0.0 if self._waited_for() else SEAL_AFTER_S)
 
     def _bring(self, delivery: Delivery) -> None:
-        """To the writer, all of it, or what is left of it after a failure is thrown away."""
+        """To the writer; what a failure leaves of it is thrown away, and room that it did not need is given back."""
         if self.failure is None:
             self._guarded(self._write, delivery)
         if delivery.num_bytes or delivery.num_done < len(delivery.names):

@@ -236,7 +236,7 @@ class Session:
                 total += value.nbytes
         ticket = self._admission.of_inputs(Ticket(device=device, overwritten=device is not None), total)
         if ticket.dropped:
-            self._count_dropped(list(inputs), are_inputs=True)
+            self._count_dropped((), are_inputs=True)
             return
         delivery = Delivery(number, list(inputs), [0] * len(values), [], None, total, is_input=True)
         # The caller may change its inputs while the copies are on their way; what a device has is gathered there.

@@ -96,12 +96,13 @@ def language_part(model: torch.nn.Module, *, named: bool) -> str:
         f"vLLM does not say which part of {type(model).__name__} is its language model, and other parts have no "
         f"rows of tokens: name sites inside it, HookConfig(target_layers=[...])"
     )
+    # Nothing is unfinished here: by raising NotImplementedError vLLM's method answers that it found no language model.
+    # Without names that is this package's error, with vLLM's behind it; sites that were named have no bound then.
     try:
         part = get()
     except NotImplementedError as error:
         if not named:
             raise unknown from error
-        # vLLM's word for that it finds no language model: then nothing bounds the sites that were named.
         return ""
     name = next((name for name, module in model.named_modules() if module is part), None)
     if name is None and not named:

@@ -167,7 +167,7 @@ class Request:
     def ended(self) -> None:
         """A forward call that ``runs`` told the rows of is over."""
         with self._lock:
-            self._num_running = max(0, self._num_running - 1)
+            self._num_running -= 1
 
     def _lose_positions(self) -> None:
         """Nobody saw what a forward call of this request computed."""
@@ -189,8 +189,6 @@ class Request:
                     batch,
                 )
             return []
-        positions = inputs.get("position_ids")
-        gives_positions = positions is not None
         each = batch // len(self.ids)
         names = (
             self.ids if each == 1 else [one and f"{one}#{index}" for one in self.ids for index in range(each)]
@@ -201,6 +199,8 @@ class Request:
         # One sequence alone is not padded; several are looked at, which makes the host wait for an accelerator.
         is_read = mask is not None and (batch > 1 or mask.device.type == "cpu")
         real = step_columns(mask.cpu().numpy(), length) if mask is not None and is_read else None
+        positions = inputs.get("position_ids")
+        gives_positions = positions is not None
         # Of a prompt that it runs in pieces, generate() cuts the positions of each out of those of all.
         is_piece = positions is not None and positions.shape == tokens.shape and positions.stride(0) > length
         if positions is not None and (positions.device.type != "cpu" or positions.shape != tokens.shape):

@@ -106,21 +106,17 @@ class StreamReader:
     def _set_sites(self) -> None:
         """One site table for all segments: the same name is the same site, in the role that it had first; an input is
         another thing."""
-        ids: dict[tuple[str, str], int] = {}
-        roles: dict[str, str] = {}
+        sites: dict[tuple[str, bool], SiteEntry] = {}
         self._global_ids: list[dict[int, int]] = []
         self._local_ids: list[dict[int, int]] = []
         for segment in self.segments:
-            to_global: dict[int, int] = {}
-            for site in segment.sites:
-                role = site.role if site.role == "input" else roles.get(site.name, site.role)
-                to_global[site.id] = ids.setdefault((site.name, role), len(ids))
-            for site in segment.sites:
-                if site.role != "input":
-                    roles.setdefault(site.name, site.role)
+            to_global = {
+                site.id: sites.setdefault(site.key, SiteEntry(len(sites), site.name, site.role)).id
+                for site in segment.sites
+            }
             self._global_ids.append(to_global)
             self._local_ids.append({site: local for local, site in to_global.items()})
-        self.sites = [SiteEntry(site_id, name, role) for (name, role), site_id in ids.items()]
+        self.sites = list(sites.values())
 
     def __enter__(self) -> StreamReader:
         return self

@@ -40,6 +40,11 @@ class SiteEntry:
     name: str
     role: str
 
+    @property
+    def key(self) -> tuple[str, bool]:
+        """What a site is known by: its name, and whether it is an input."""
+        return self.name, self.role == "input"
+
 
 @dataclass(frozen=True, slots=True)
 class RecordMeta:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -249,7 +250,7 @@ class _Recoverer:
                 return frame.end
             walk, body = self._walk_of(frame), bytes(frame.body)
             if body == walk.last_sites[0] and walk.last_sites[1] < position:
-                # It was killed before it cut off what is left of the index, with its copy behind.
+                # A writer that was to go on was killed before it cut off what is left of the index, and the copy.
                 self.damage = [lost for lost in self.damage if lost.offset < walk.last_sites[1]]
                 return frame.end
             walk.last_sites = body, frame.end
@@ -268,6 +269,7 @@ class _Recoverer:
             walk.whole = len(index.rows) == len(walk.blocks)
             if not self.damage or self.damage[-1].offset < walk.offset:
                 self._miss(walk, walk.next_sequence + len(index.rows) - len(walk.blocks), position)
+            self._keep_gaps(walk, index.damage)
             self._finish(frame.end)
             return frame.end
         elif frame.kind == VOID:
@@ -302,6 +304,15 @@ class _Recoverer:
             count = sequence - walk.next_sequence
             what = "a block is" if count == 1 else f"{count} blocks are"
             self.damage.append(Damage(offset, 0, f"{what} missing before byte {offset}"))
+
+    def _keep_gaps(self, walk: _Walk, told: Sequence[Damage]) -> None:
+        """What was lost before the file was resumed, and has no void frame in its place: the index alone tells."""
+        found = {lost.offset for lost in self.damage if not lost.num_bytes}
+        self.damage += [
+            Damage(walk.offset + lost.offset, 0, lost.reason)
+            for lost in told
+            if not lost.num_bytes and walk.offset + lost.offset not in found
+        ]
 
     def _frame_begins(self, offset: int) -> bool:
         try:

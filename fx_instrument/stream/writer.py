@@ -76,7 +76,7 @@ class StreamWriter:
         prolog = Prolog(codec, uuid.uuid4().bytes, dict(metadata), rank, world, created_ns)
         self._segment = SegmentWriter(path, mode, prolog, page_bytes=plan.page_bytes)
         self._sites = list(self._segment.known_sites)
-        self._site_ids = {(site.name, site.role): site.id for site in self._sites}
+        self._site_ids = {site.key: site.id for site in self._sites}
         self._inputs = set(self._segment.known_inputs)
         self._open = OpenPages(plan.page_bytes, self._take)
         self._queue: queue.SimpleQueue[Page | None] = queue.SimpleQueue()
@@ -115,14 +115,13 @@ class StreamWriter:
     # -- the drain thread's side ---------------------------------------------------------------------------
 
     def add_site(self, name: str, role: str) -> int:
-        """The id of a site, new or known; a site is known by name and role."""
-        site_id = self._site_ids.get((name, role))
-        if site_id is None:
-            site_id = len(self._sites)
-            self._sites.append(SiteEntry(site_id, name, role))
+        """The id of a site, new or known by its name, whose role stays; an input of that name is another thing."""
+        entry = SiteEntry(len(self._sites), name, role)
+        site_id = self._site_ids.setdefault(entry.key, entry.id)
+        if site_id == entry.id:
+            self._sites.append(entry)
             if role == "input":
                 self._inputs.add(site_id)
-            self._site_ids[name, role] = site_id
         return site_id
 
     def put(self, meta: RecordMeta, data: U8, done: Callable[[], None] | None = None) -> None:
