@@ -36,6 +36,7 @@ from fx_instrument import (
     analyze_activations,
     open_stream,
 )
+from fx_instrument.stream.writer import StreamWriter
 
 
 def instrumented(model: nn.Module, backend: Any = "eager", **config: Any) -> InstrumentationFramework:
@@ -210,6 +211,11 @@ def test_resuming(tmp_path: Path) -> None:
             pass
         other.restore(model)
     assert path.read_bytes() == before
+    # As converted packets are, which know no model.
+    StreamWriter(path, metadata={"model": None}, codec="lz4").close({})
+    other = instrumented(model, compression_algorithm="lz4")
+    with pytest.raises(ValueError, match="model"), other.capture_activations(path, mode="a"):
+        pass
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

@@ -12,6 +12,7 @@ import pytest
 from stream_files import CODECS, Sample, contents, floats, put_all, small_samples, write
 
 from fx_instrument import CorruptStreamError, open_stream, recover_stream
+from fx_instrument import repair as repair_module
 from fx_instrument.repair import check_file
 from fx_instrument.stream import files as files_module
 from fx_instrument.stream import resume as resume_module
@@ -264,6 +265,36 @@ def test_repairing_a_link_repairs_its_file(tmp_path: Path) -> None:
     assert link.is_symlink()
     with open_stream(path) as stream:
         assert stream.verify() == []
+
+
+def test_a_repair_that_fails_leaves_other_files_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there under a name like that of its output is not its own; what a killed one left is in nobody's way."""
+    path, output, other = tmp_path / "a.stream", tmp_path / "out.stream", tmp_path / "out.stream.part"
+    for name in "bc":
+        write(tmp_path / f"{name}.stream", small_samples(), seal_every=1)
+    path.write_bytes(b"".join((tmp_path / f"{name}.stream").read_bytes() for name in "bc"))
+    path.write_bytes(path.read_bytes()[:-1])
+    other.write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(repair_module, "_copy_segment", _fails)
+        with pytest.raises(OSError, match="no room"):
+            recover_stream(path, output)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "a.stream",
+        "b.stream",
+        "c.stream",
+        other.name,
+    ]
+    (tmp_path / ".out.stream.part").write_text("left behind")
+    values = [sample for sample in small_samples() if sample.role != "input"]
+    assert recover_stream(path, output)["records"] == 2 * len(values)
+    assert other.read_text() == "mine"
+
+
+def _fails(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "no room")
 
 
 def test_a_byte_too_many_is_damage(tmp_path: Path) -> None:
