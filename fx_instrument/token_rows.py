@@ -24,8 +24,10 @@ class TokenRows:
     def __init__(self, stream: ActivationStream) -> None:
         self._stream = stream
         self._names = frozenset(stream.input_names)
+        # What others wrote may describe its model in any way, or not at all.
+        models = [part.metadata.get("model") for part in stream.parts]
         self._is_encoder_decoder = "decoder_input_ids" in self._names or any(
-            (part.metadata.get("model") or {}).get("is_encoder_decoder") for part in stream.parts
+            isinstance(model, dict) and model.get("is_encoder_decoder") for model in models
         )
         self._cache: OrderedDict[tuple[int, int], dict[str, npt.NDArray[Any]]] = OrderedDict()
         self._cached_bytes = 0

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from stream_files import put_all, small_samples
 from tiny_llm import tiny_causal_lm
 from torch import nn
 
@@ -20,6 +21,7 @@ from fx_instrument import (
 )
 from fx_instrument.export import export_stream
 from fx_instrument.row_order import order_of, reads_tokens
+from fx_instrument.stream.writer import StreamWriter
 
 
 @pytest.mark.parametrize(
@@ -198,3 +200,12 @@ def test_a_class_of_characters_is_no_range(glob: str) -> None:
     with pytest.raises(ValueError, match="class of single characters"):
         HookConfig(target_layers=[glob])
     HookConfig(target_layers=["model.layers.[0-3].mlp", "model.layers.1[0-1].mlp"])
+
+
+@pytest.mark.parametrize("model", [None, "a name", {}])
+def test_files_that_describe_no_model(tmp_path: Path, model: Any) -> None:
+    path = tmp_path / "f.stream"
+    writer = StreamWriter(path, metadata={"model": model}, codec="none", num_workers=1)
+    put_all(writer, small_samples())
+    writer.close({})
+    assert analyze_activations(path)["metadata"]["model"] == model
